@@ -1,0 +1,401 @@
+//! The gauged channel: one producer, one consumer, bounded by rows and by payload bytes at once, and at
+//! any moment able to tell who waits for whom.
+//!
+//! A lock is taken once a chunk. All that changes state - rows, bytes, who waits, the end - changes in this
+//! file under that lock, together with the ledger of times; what observers read stands in atomics.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use crate::chunk::Chunk;
+use crate::config::Limits;
+use crate::error::Error;
+use crate::time::{Clock, Consumer, Ledger, Producer};
+
+/// Makes a channel and what the two sides and all observers see of it.
+pub(crate) fn bounded(limits: Limits, clock: Clock) -> (Sender, Receiver) {
+    let shared = Arc::new(Shared {
+        gauge: Arc::new(Gauge::new(limits, clock)),
+        state: Mutex::default(),
+    });
+    (Sender(Arc::clone(&shared)), Receiver(shared))
+}
+
+/// What a channel tells without being locked.
+#[derive(Debug)]
+pub(crate) struct Gauge {
+    pub(crate) limits: Limits,
+    pub(crate) ledger: Ledger,
+    rows: AtomicUsize,
+    bytes: AtomicUsize,
+    peak_bytes: AtomicUsize,
+    received_bytes: AtomicU64,
+}
+
+impl Gauge {
+    fn new(limits: Limits, clock: Clock) -> Self {
+        Self {
+            limits,
+            ledger: Ledger::new(clock),
+            rows: AtomicUsize::new(0),
+            bytes: AtomicUsize::new(0),
+            peak_bytes: AtomicUsize::new(0),
+            received_bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// Rows that wait in the channel.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows.load(Ordering::Relaxed)
+    }
+
+    /// Payload bytes that wait in the channel.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn peak_bytes(&self) -> usize {
+        self.peak_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Payload bytes that ever came into the channel.
+    pub(crate) fn received_bytes(&self) -> u64 {
+        self.received_bytes.load(Ordering::Relaxed)
+    }
+
+    fn set(&self, state: &State) {
+        self.rows.store(state.rows, Ordering::Relaxed);
+        self.bytes.store(state.bytes, Ordering::Relaxed);
+    }
+}
+
+#[derive(Debug)]
+struct Shared {
+    gauge: Arc<Gauge>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    chunks: VecDeque<Chunk>,
+    rows: usize,
+    bytes: usize,
+    /// The last thing in the channel: how the source ended.
+    end: Option<Result<(), Error>>,
+    sender_gone: bool,
+    receiver_gone: bool,
+    /// Of the producer, who waits for room or for the consumer's leaving.
+    producer: Option<Waker>,
+    /// Of the consumer, who waits for rows.
+    consumer: Option<Waker>,
+}
+
+impl State {
+    fn is_empty(&self) -> bool {
+        self.chunks.is_empty() && self.end.is_none() && !self.sender_gone
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No code of the caller's runs under the lock; a poisoned one is as good as new.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Something came into the channel: tells the ledger and finds whom to wake.
+    fn arrived(&self, state: &mut State) -> Option<Waker> {
+        let ledger = &self.gauge.ledger;
+        if ledger.consumer_is(Consumer::SourceWait) {
+            ledger.consumer(Consumer::Scheduled, ledger.now());
+        } else if ledger.consumer_is(Consumer::Overlap) {
+            ledger.consumer(Consumer::Backlog, ledger.now());
+        }
+        state.consumer.take()
+    }
+}
+
+fn register(slot: &mut Option<Waker>, cx: &Context<'_>) {
+    match slot {
+        Some(waker) => waker.clone_from(cx.waker()),
+        None => *slot = Some(cx.waker().clone()),
+    }
+}
+
+fn wake(waker: Option<Waker>) {
+    if let Some(waker) = waker {
+        waker.wake();
+    }
+}
+
+/// The consumer has gone; nothing more is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Closed;
+
+/// What fits into the channel now. It only grows until the sender itself sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Room {
+    pub(crate) rows: usize,
+    pub(crate) bytes: usize,
+}
+
+/// The producer's end. Dropping it without `finish` tells the consumer that the producer was lost.
+#[derive(Debug)]
+pub(crate) struct Sender(Arc<Shared>);
+
+impl Sender {
+    pub(crate) fn gauge(&self) -> &Arc<Gauge> {
+        &self.0.gauge
+    }
+
+    /// Waits until a row of `bytes` fits. A row larger than the whole budget waits for an empty channel.
+    pub(crate) fn poll_room(
+        &mut self,
+        cx: &Context<'_>,
+        bytes: usize,
+    ) -> Poll<Result<Room, Closed>> {
+        let Limits {
+            rows: row_limit,
+            bytes: byte_limit,
+            ..
+        } = self.0.gauge.limits;
+        let ledger = &self.0.gauge.ledger;
+        let mut state = self.0.lock();
+        if state.receiver_gone {
+            return Poll::Ready(Err(Closed));
+        }
+        let room = Room {
+            rows: row_limit - state.rows,
+            bytes: byte_limit.saturating_sub(state.bytes),
+        };
+        let alone = state.chunks.is_empty();
+        if alone || (room.rows > 0 && room.bytes >= bytes.max(1)) {
+            if ledger.producer_is(Producer::Room) {
+                ledger.producer(Producer::Source, ledger.now());
+            }
+            return Poll::Ready(Ok(Room {
+                bytes: if alone {
+                    room.bytes.max(bytes)
+                } else {
+                    room.bytes
+                },
+                ..room
+            }));
+        }
+        if ledger.producer_is(Producer::Source) {
+            ledger.producer(Producer::Room, ledger.now());
+        }
+        register(&mut state.producer, cx);
+        Poll::Pending
+    }
+
+    /// Sends a chunk that fits the room seen before.
+    pub(crate) fn send(&mut self, chunk: Chunk) {
+        let (rows, bytes) = (chunk.rows(), chunk.bytes());
+        let gauge = &self.0.gauge;
+        let mut state = self.0.lock();
+        if state.receiver_gone {
+            return;
+        }
+        state.rows += rows;
+        state.bytes += bytes;
+        state.chunks.push_back(chunk);
+        gauge.set(&state);
+        gauge.peak_bytes.fetch_max(state.bytes, Ordering::Relaxed);
+        gauge
+            .received_bytes
+            .fetch_add(bytes as u64, Ordering::Relaxed);
+        let consumer = self.0.arrived(&mut state);
+        drop(state);
+        wake(consumer);
+    }
+
+    /// Puts the end mark behind the last row. The producer's life ends with it.
+    pub(crate) fn finish(&mut self, end: Result<(), Error>) {
+        let ledger = &self.0.gauge.ledger;
+        let mut state = self.0.lock();
+        if state.end.is_none() && !state.receiver_gone {
+            ledger.end_producer(ledger.now());
+            state.end = Some(end);
+            let consumer = self.0.arrived(&mut state);
+            drop(state);
+            wake(consumer);
+        }
+    }
+
+    /// Waits until the consumer has gone, or has taken the end.
+    pub(crate) fn poll_closed(&mut self, cx: &Context<'_>) -> Poll<()> {
+        let mut state = self.0.lock();
+        if state.receiver_gone {
+            return Poll::Ready(());
+        }
+        register(&mut state.producer, cx);
+        Poll::Pending
+    }
+}
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        let ledger = &self.0.gauge.ledger;
+        let mut state = self.0.lock();
+        state.sender_gone = true;
+        ledger.end_producer(ledger.now());
+        let consumer = if state.end.is_none() {
+            self.0.arrived(&mut state)
+        } else {
+            None
+        };
+        drop(state);
+        wake(consumer);
+    }
+}
+
+/// What the consumer takes out.
+#[derive(Debug)]
+pub(crate) enum Taken {
+    /// A chunk, and the rows that waited in the channel just before it was taken.
+    Chunk { chunk: Chunk, occupancy: Occupancy },
+    /// The source ended, well or with an error. Nothing follows.
+    End(Result<(), Error>),
+    /// The producer vanished without an end mark. Nothing follows.
+    Lost,
+}
+
+/// How full the channel was at a poll batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Occupancy {
+    pub(crate) rows: usize,
+    pub(crate) bytes: usize,
+}
+
+/// The consumer's end. Dropping it tells the producer to stop.
+#[derive(Debug)]
+pub(crate) struct Receiver(Arc<Shared>);
+
+impl Receiver {
+    pub(crate) fn gauge(&self) -> &Arc<Gauge> {
+        &self.0.gauge
+    }
+
+    /// Takes what is next, or waits for it. Once the end was taken, it must not be called again.
+    pub(crate) fn poll_take(&mut self, cx: &Context<'_>) -> Poll<Taken> {
+        let shared = Arc::clone(&self.0);
+        let mut state = shared.lock();
+        match self.take(&mut state) {
+            Some((taken, producer)) => {
+                drop(state);
+                wake(producer);
+                Poll::Ready(taken)
+            }
+            None => {
+                let ledger = &shared.gauge.ledger;
+                if !ledger.consumer_is(Consumer::SourceWait) {
+                    ledger.consumer(Consumer::SourceWait, ledger.now());
+                }
+                register(&mut state.consumer, cx);
+                Poll::Pending
+            }
+        }
+    }
+
+    /// Takes what is there. Looking is not waiting: an empty channel changes no state.
+    pub(crate) fn try_take(&mut self) -> Option<Taken> {
+        let shared = Arc::clone(&self.0);
+        let mut state = shared.lock();
+        let (taken, producer) = self.take(&mut state)?;
+        drop(state);
+        wake(producer);
+        Some(taken)
+    }
+
+    /// While this side waits, a timer of its own is due in `left`; see `Ledger::expect_timer`.
+    pub(crate) fn expect_timer(&mut self, left: Duration) {
+        let state = self.0.lock();
+        let ledger = &self.0.gauge.ledger;
+        let left = u64::try_from(left.as_nanos()).unwrap_or(u64::MAX);
+        ledger.expect_timer(ledger.now().saturating_add(left));
+        drop(state);
+    }
+
+    /// The time from here to the next take or `resume` is the caller's wish, nobody's slowness.
+    pub(crate) fn pause(&mut self) {
+        let state = self.0.lock();
+        let ledger = &self.0.gauge.ledger;
+        ledger.consumer(Consumer::Paused, ledger.now());
+        drop(state);
+    }
+
+    pub(crate) fn resume(&mut self) {
+        let state = self.0.lock();
+        let ledger = &self.0.gauge.ledger;
+        if ledger.consumer_is(Consumer::Paused) {
+            ledger.consumer(busy(&state), ledger.now());
+        }
+    }
+
+    /// Tells the producer that nothing more is wanted, and drops what waits. Both lives end here.
+    pub(crate) fn close(&mut self) {
+        let Gauge { ledger, .. } = &*self.0.gauge;
+        let mut state = self.0.lock();
+        state.receiver_gone = true;
+        ledger.end_consumer(ledger.now());
+        ledger.end_producer(ledger.now());
+        let rows = std::mem::take(&mut state.chunks);
+        (state.rows, state.bytes) = (0, 0);
+        self.0.gauge.set(&state);
+        let producer = state.producer.take();
+        drop(state);
+        drop(rows);
+        wake(producer);
+    }
+
+    fn take(&mut self, state: &mut State) -> Option<(Taken, Option<Waker>)> {
+        let Shared { gauge, .. } = &*self.0;
+        let ledger = &gauge.ledger;
+        let Some(chunk) = state.chunks.pop_front() else {
+            let end = match state.end.take() {
+                Some(end) => Taken::End(end),
+                None if state.sender_gone => Taken::Lost,
+                None => return None,
+            };
+            ledger.end_consumer(ledger.now());
+            state.receiver_gone = true;
+            return Some((end, state.producer.take()));
+        };
+        let occupancy = Occupancy {
+            rows: state.rows,
+            bytes: state.bytes,
+        };
+        state.rows -= chunk.rows();
+        state.bytes -= chunk.bytes();
+        gauge.set(state);
+        let next = busy(state);
+        if !ledger.consumer_is(next) {
+            ledger.consumer(next, ledger.now());
+        }
+        state.consumer = None;
+        let producer = if ledger.producer_is(Producer::Room) {
+            state.producer.take()
+        } else {
+            None
+        };
+        Some((Taken::Chunk { chunk, occupancy }, producer))
+    }
+}
+
+/// The consumer has rows in its hands: does anything wait behind them?
+fn busy(state: &State) -> Consumer {
+    if state.is_empty() {
+        Consumer::Overlap
+    } else {
+        Consumer::Backlog
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

@@ -1,0 +1,1 @@
+//! Telemetry by OTLP, set up by the standard `OTEL_*` variables alone.

@@ -1,0 +1,303 @@
+//! From a connection string to a connected client, with the address that answered.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream, lookup_host};
+use tokio_postgres::config::{Host, LoadBalanceHosts, SslMode};
+use tokio_postgres::tls::NoTlsStream;
+use tokio_postgres::{CancelToken, Client, Config, NoTls, Socket};
+
+use crate::error::Error;
+
+/// For a host that swallows packets; the kernel alone would try for two minutes.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+pub(crate) type Wire = tokio_postgres::Connection<Socket, NoTlsStream>;
+
+/// The address that a connection was made to, and where its cancel requests must go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Peer {
+    Tcp { host: String, addr: SocketAddr },
+    Unix { dir: PathBuf, port: u16 },
+}
+
+impl Peer {
+    /// `server.address` of the semantic conventions.
+    pub(crate) fn address(&self) -> String {
+        match self {
+            Self::Tcp { host, .. } => host.clone(),
+            Self::Unix { .. } => self.to_string(),
+        }
+    }
+
+    /// `server.port`.
+    pub(crate) fn port(&self) -> u16 {
+        match self {
+            Self::Tcp { addr, .. } => addr.port(),
+            Self::Unix { port, .. } => *port,
+        }
+    }
+
+    /// Asks Postgres to cancel what runs on the connection of `token`, and returns when it has acted: the
+    /// server closes the socket only after the signal is sent. Whoever returns earlier kills the next query.
+    pub(crate) async fn cancel(&self, token: &CancelToken) -> std::io::Result<()> {
+        match self {
+            Self::Tcp { addr, .. } => cancel_on(TcpStream::connect(addr).await?, token).await,
+            Self::Unix { .. } => {
+                cancel_on(UnixStream::connect(self.to_string()).await?, token).await
+            }
+        }
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp { host, addr } if *host == addr.ip().to_string() => write!(f, "{addr}"),
+            Self::Tcp { host, addr } => write!(f, "{host}:{} ({})", addr.port(), addr.ip()),
+            Self::Unix { dir, port } => write!(f, "{}/.s.PGSQL.{port}", dir.display()),
+        }
+    }
+}
+
+async fn cancel_on<S>(mut socket: S, token: &CancelToken) -> std::io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    token
+        .cancel_query_raw(&mut socket, NoTls)
+        .await
+        .map_err(std::io::Error::other)?;
+    let mut rest = [0; 64];
+    while socket.read(&mut rest).await? > 0 {}
+    Ok(())
+}
+
+/// Reads a URL or a key-value string. What is wrong is told without quoting the string: it holds a password.
+pub(crate) fn parse(connection: &str) -> Result<Config, Error> {
+    let config: Config = connection
+        .parse()
+        .map_err(|error| Error::config(misread(connection, &error)))?;
+    if config.get_ssl_mode() == SslMode::Require {
+        return Err(Error::config(no_tls("require")));
+    }
+    if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
+        return Err(Error::config(
+            "the connection string names no host: add host=... or use postgres://user@host/database",
+        ));
+    }
+    Ok(config)
+}
+
+fn misread(connection: &str, error: &tokio_postgres::Error) -> String {
+    let cause = std::error::Error::source(error)
+        .map(ToString::to_string)
+        .unwrap_or_default();
+    let strict = ["allow", "verify-ca", "verify-full"];
+    let asked = |mode: &&&str| connection.contains(&format!("sslmode={mode}"));
+    match strict.iter().find(asked) {
+        Some(mode) if cause.contains("sslmode") => no_tls(mode),
+        // The name could be the rest of a password with a space in it.
+        _ if cause.contains("unknown option") => "the connection string has an option that is not known (not shown: it may be part of an unquoted password); see the list of libpq, without TLS files".to_owned(),
+        _ => format!("the connection string does not parse: {cause}"),
+    }
+}
+
+fn no_tls(mode: &str) -> String {
+    format!(
+        "sslmode={mode} asks for what this version does not have: it speaks no TLS yet, and never falls back to plaintext silently; use sslmode=disable or prefer on a network that you trust"
+    )
+}
+
+/// Connects to the first host and address that answers and suits.
+pub(crate) async fn connect(config: &Config) -> Result<(Client, Wire, Peer), Error> {
+    let mut last = Error::config("the connection string names no host");
+    for (host, port) in candidates(config)? {
+        for peer in resolve(&host, port).await.unwrap_or_else(|error| {
+            last = error;
+            Vec::new()
+        }) {
+            match connect_one(config, &peer).await {
+                Ok((client, wire)) => return Ok((client, wire, peer)),
+                Err(error) => last = error,
+            }
+        }
+    }
+    Err(last)
+}
+
+/// A host as named, and the address to use for it if one was given.
+type Named = (Host, Option<std::net::IpAddr>);
+
+fn candidates(config: &Config) -> Result<Vec<(Named, u16)>, Error> {
+    let (hosts, addrs, ports) = (
+        config.get_hosts(),
+        config.get_hostaddrs(),
+        config.get_ports(),
+    );
+    let count = hosts.len().max(addrs.len());
+    if !hosts.is_empty() && !addrs.is_empty() && hosts.len() != addrs.len() {
+        return Err(Error::config(format!(
+            "{} hosts but {} hostaddrs in the connection string",
+            hosts.len(),
+            addrs.len()
+        )));
+    }
+    if ports.len() > 1 && ports.len() != count {
+        return Err(Error::config(format!(
+            "{count} hosts but {} ports in the connection string",
+            ports.len()
+        )));
+    }
+    let mut all: Vec<_> = (0..count)
+        .filter_map(|i| {
+            let addr = addrs.get(i).copied();
+            let host = hosts
+                .get(i)
+                .cloned()
+                .or_else(|| addr.map(|addr| Host::Tcp(addr.to_string())))?;
+            let port = ports.get(i).or(ports.first()).copied().unwrap_or(5432);
+            Some(((host, addr), port))
+        })
+        .collect();
+    if config.get_load_balance_hosts() == LoadBalanceHosts::Random && count > 1 {
+        // A random start spreads the load; the order behind it need not be random.
+        let start =
+            std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), ()) as usize % count;
+        all.rotate_left(start);
+    }
+    Ok(all)
+}
+
+async fn resolve((host, addr): &Named, port: u16) -> Result<Vec<Peer>, Error> {
+    match (host, addr) {
+        (Host::Unix(dir), _) => Ok(vec![Peer::Unix {
+            dir: dir.clone(),
+            port,
+        }]),
+        (Host::Tcp(host), Some(ip)) => Ok(vec![Peer::Tcp {
+            host: host.clone(),
+            addr: (*ip, port).into(),
+        }]),
+        (Host::Tcp(host), None) => {
+            let found =
+                tokio::time::timeout(CONNECT_TIMEOUT, lookup_host((host.as_str(), port))).await;
+            let found = found.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()));
+            let found =
+                found.map_err(|error| Error::unreachable(format_args!("{host}:{port}"), error))?;
+            Ok(found
+                .map(|addr| Peer::Tcp {
+                    host: host.clone(),
+                    addr,
+                })
+                .collect())
+        }
+    }
+}
+
+pub(crate) async fn connect_one(config: &Config, peer: &Peer) -> Result<(Client, Wire), Error> {
+    let limit = config
+        .get_connect_timeout()
+        .copied()
+        .unwrap_or(CONNECT_TIMEOUT);
+    let narrowed = narrow(config, peer);
+    match tokio::time::timeout(limit, narrowed.connect(NoTls)).await {
+        Ok(Ok(connected)) => Ok(connected),
+        Ok(Err(error)) => Err(Error::connect(peer, error)),
+        Err(_) => Err(Error::unreachable(
+            peer,
+            std::io::Error::new(
+                std::io::ErrorKind::TimedOut,
+                format!("no answer within {} s (connect_timeout)", limit.as_secs()),
+            ),
+        )),
+    }
+}
+
+/// The same settings for one address only.
+fn narrow(config: &Config, peer: &Peer) -> Config {
+    let mut one = Config::new();
+    match peer {
+        Peer::Tcp { host, addr } => one.host(host).hostaddr(addr.ip()).port(addr.port()),
+        Peer::Unix { dir, port } => one.host_path(dir).port(*port),
+    };
+    config.get_user().map(|user| one.user(user));
+    config.get_password().map(|password| one.password(password));
+    config.get_dbname().map(|name| one.dbname(name));
+    config.get_options().map(|options| one.options(options));
+    one.application_name(config.get_application_name().unwrap_or("fraiseql-stream"));
+    config
+        .get_tcp_user_timeout()
+        .map(|timeout| one.tcp_user_timeout(*timeout));
+    config
+        .get_keepalives_interval()
+        .map(|interval| one.keepalives_interval(interval));
+    config
+        .get_keepalives_retries()
+        .map(|retries| one.keepalives_retries(retries));
+    one.ssl_mode(config.get_ssl_mode())
+        .ssl_negotiation(config.get_ssl_negotiation())
+        .channel_binding(config.get_channel_binding())
+        .target_session_attrs(config.get_target_session_attrs())
+        .keepalives(config.get_keepalives())
+        .keepalives_idle(config.get_keepalives_idle());
+    one
+}
+
+/// A word for the log when rows would cross a network in the clear.
+pub(crate) fn is_remote(peer: &Peer) -> bool {
+    matches!(peer, Peer::Tcp { addr, .. } if !addr.ip().is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(connection: &str) -> String {
+        parse(connection).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn stricter_modes_than_prefer_are_refused_by_name() {
+        for mode in ["require", "verify-ca", "verify-full"] {
+            for form in [
+                format!("postgres://u@h/d?sslmode={mode}"),
+                format!("host=h user=u sslmode={mode}"),
+            ] {
+                assert!(
+                    refusal(&form).starts_with(&format!("sslmode={mode} asks for")),
+                    "{form}"
+                );
+            }
+        }
+        assert!(parse("postgres://u@h/d?sslmode=disable").is_ok());
+    }
+
+    #[test]
+    fn a_password_never_shows_in_a_refusal() {
+        for form in [
+            "host=h user=u password=se cret",
+            "host=h user=u password=secret port=x",
+            "postgres://u:secret@h:port/d",
+            "postgres://u:secret@h/d?nonsense=secret",
+            "u:secret@h",
+        ] {
+            assert!(!refusal(form).contains("cret"), "{form}: {}", refusal(form));
+        }
+    }
+
+    #[test]
+    fn hosts_and_ports_must_match() {
+        let config = parse("host=a,b,c port=1,2 user=u").unwrap();
+        assert!(
+            candidates(&config)
+                .unwrap_err()
+                .to_string()
+                .contains("3 hosts but 2 ports")
+        );
+    }
+}

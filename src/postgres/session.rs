@@ -1,0 +1,260 @@
+//! A connection that is handed out to one query at a time, and is clean whenever it is handed out.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_postgres::{Client, Config, Statement};
+use tracing::{Instrument, Span};
+
+use super::connect::{self, Peer};
+use super::rows::{RawRows, Value, check_column};
+use crate::error::{Error, ErrorKind, describe};
+
+/// What a cancelled query may take to be gone. Whatever is later costs the connection.
+const CLEAN_UP: Duration = Duration::from_secs(5);
+/// How long the server may take to show whether it is alive after a connection broke.
+const POST_MORTEM: Duration = Duration::from_secs(1);
+
+pub(crate) struct Session {
+    client: Client,
+    config: Config,
+    peer: Peer,
+    schema: Option<String>,
+    wire: AbortHandle,
+    /// One permit: held by the query that runs, and by the clean-up behind it. Closed with the connection.
+    turn: Arc<Semaphore>,
+}
+
+impl Session {
+    pub(crate) async fn connect(config: Config) -> Result<Self, Error> {
+        let (client, wire, peer) = connect::connect(&config).await?;
+        if connect::is_remote(&peer)
+            && config.get_ssl_mode() != tokio_postgres::config::SslMode::Disable
+        {
+            tracing::warn!(
+                "connected to {peer} without TLS, which this version does not speak: rows and queries cross the network in plaintext; say sslmode=disable if that is meant"
+            );
+        }
+        let schema = wire.parameter("search_path").and_then(first_schema);
+        let wire = tokio::spawn(async move {
+            // Whoever waits for an answer gets the error; there is nobody else to tell.
+            let _ = wire.await;
+        });
+        Ok(Self {
+            client,
+            config,
+            peer,
+            schema,
+            wire: wire.abort_handle(),
+            turn: Arc::new(Semaphore::new(1)),
+        })
+    }
+
+    /// Waits until the query before is gone, its clean-up included.
+    pub(crate) async fn lease(self: &Arc<Self>) -> Result<Lease, Error> {
+        let permit = Arc::clone(&self.turn)
+            .acquire_owned()
+            .await
+            .map_err(|_| Error::closed())?;
+        if self.client.is_closed() {
+            return Err(Error::closed());
+        }
+        Ok(Lease {
+            session: Arc::clone(self),
+            _permit: permit,
+        })
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.client.is_closed() || self.turn.is_closed()
+    }
+
+    pub(crate) fn client(&self) -> &Client {
+        &self.client
+    }
+
+    pub(crate) fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    pub(crate) fn database(&self) -> Option<&str> {
+        self.config.get_dbname().or_else(|| self.config.get_user())
+    }
+
+    /// The schema that unqualified names are looked up in, if the server said so at connect time.
+    pub(crate) fn schema(&self) -> Option<&str> {
+        self.schema.as_deref()
+    }
+
+    /// Closes the socket; the backend ends as soon as it notices.
+    fn discard(&self) {
+        self.turn.close();
+        self.wire.abort();
+    }
+}
+
+fn first_schema(search_path: &str) -> Option<String> {
+    let named = |schema: &&str| !schema.is_empty() && *schema != "$user";
+    let mut schemas = search_path
+        .split(',')
+        .map(|schema| schema.trim().trim_matches('"'));
+    schemas.find(named).map(ToOwned::to_owned)
+}
+
+/// The right to run one query on a session.
+pub(crate) struct Lease {
+    session: Arc<Session>,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// The consumer left; the connection was cleaned, or closed where that failed.
+#[derive(Debug)]
+pub(crate) struct Cancelled;
+
+impl Lease {
+    /// Prepares a statement and refuses it unless it gives one column of JSON.
+    pub(crate) async fn prepare(
+        &self,
+        sql: &str,
+        gone: impl Future<Output = ()>,
+        span: &Span,
+    ) -> Result<Result<Statement, Error>, Cancelled> {
+        match self
+            .until_gone(self.session.client.prepare(sql), gone, span)
+            .await
+        {
+            Ok(prepared) => Ok(match prepared {
+                Ok(statement) => check_column(&statement).map(|()| statement),
+                Err(error) => Err(self.explain(Error::query(error)).await),
+            }),
+            Err(_) => Err(Cancelled),
+        }
+    }
+
+    /// Starts a query. Postgres answers with its first rows, so a query that is silent is still in here.
+    pub(crate) async fn query(
+        &self,
+        statement: &Statement,
+        values: Vec<Value>,
+        gone: impl Future<Output = ()>,
+        span: &Span,
+    ) -> Result<Result<RawRows, Error>, Cancelled> {
+        match self
+            .until_gone(self.session.client.query_raw(statement, values), gone, span)
+            .await
+        {
+            Ok(Ok(rows)) => Ok(Ok(RawRows::new(rows))),
+            Ok(Err(error)) => Ok(Err(self.explain(Error::query(error)).await)),
+            Err(Some(Ok(rows))) => {
+                self.drain(RawRows::new(rows), Instant::now() + CLEAN_UP)
+                    .await;
+                Err(Cancelled)
+            }
+            Err(_) => Err(Cancelled),
+        }
+    }
+
+    /// Ends a query whose rows nobody wants any more.
+    pub(crate) async fn cancel(&self, rows: RawRows, span: &Span) {
+        // Nothing runs after ReadyForQuery; a cancel could only hit what comes next.
+        if !rows.is_done() && self.send_cancel(span).await {
+            self.drain(rows, Instant::now() + CLEAN_UP).await;
+        }
+    }
+
+    /// Reads what follows an error, up to `ReadyForQuery`.
+    pub(crate) async fn finish(&self, rows: RawRows) {
+        if !rows.is_done() {
+            self.drain(rows, Instant::now() + CLEAN_UP).await;
+        }
+    }
+
+    /// Adds to an error that ended the connection whether the server is still there.
+    pub(crate) async fn explain(&self, error: Error) -> Error {
+        if error.kind() != ErrorKind::Disconnected {
+            return error;
+        }
+        let session = &self.session;
+        let probe = connect::connect_one(&session.config, &session.peer);
+        let Ok(answer) = timeout(POST_MORTEM, probe).await else {
+            return error.with_note("the server does not answer");
+        };
+        let note = match answer.as_ref().map_err(Error::sqlstate) {
+            Ok(_) => "the server still answers: only this backend is gone".to_owned(),
+            Err(Some(code)) if code.code() == "57P03" => format!(
+                "the whole server goes down or comes up: {}",
+                reason(answer.err())
+            ),
+            Err(Some(_)) => "the server still answers: only this backend is gone".to_owned(),
+            Err(None) => format!("the whole server is gone: {}", reason(answer.err())),
+        };
+        error.with_note(&note)
+    }
+
+    /// Runs a request to its end. If the consumer goes first, Postgres is asked to cancel and the request is
+    /// still awaited: its end is what makes the connection clean. `Err(None)`: the connection was closed.
+    async fn until_gone<T>(
+        &self,
+        request: impl Future<Output = T>,
+        gone: impl Future<Output = ()>,
+        span: &Span,
+    ) -> Result<T, Option<T>> {
+        let mut request = pin!(request);
+        tokio::select! {
+            biased;
+            answer = &mut request => return Ok(answer),
+            () = gone => {}
+        }
+        if !self.send_cancel(span).await {
+            return Err(None);
+        }
+        match timeout(CLEAN_UP, request).await {
+            Ok(answer) => Err(Some(answer)),
+            Err(_) => {
+                self.session.discard();
+                Err(None)
+            }
+        }
+    }
+
+    /// False if Postgres could not be asked; the connection is closed then.
+    async fn send_cancel(&self, span: &Span) -> bool {
+        let session = &self.session;
+        let span = tracing::info_span!(parent: span, "cancel", otel.kind = "client", otel.status_code = tracing::field::Empty, db.system.name = "postgresql", server.address = session.peer.address());
+        let token = session.client.cancel_token();
+        let sent = timeout(CLEAN_UP, session.peer.cancel(&token))
+            .instrument(span.clone())
+            .await;
+        let sent = matches!(sent, Ok(Ok(())));
+        if !sent {
+            span.record("otel.status_code", "error");
+            session.discard();
+        }
+        sent
+    }
+
+    async fn drain(&self, mut rows: RawRows, deadline: Instant) {
+        let to_end = async {
+            while std::future::poll_fn(|cx| futures_core::Stream::poll_next(pin!(&mut rows), cx))
+                .await
+                .is_some()
+            {}
+        };
+        if timeout_at(deadline, to_end).await.is_err() {
+            self.session.discard();
+        }
+    }
+}
+
+/// Why a connection could not be made, in the server's or the system's words.
+fn reason(error: Option<Error>) -> String {
+    let source = error.as_ref().and_then(std::error::Error::source);
+    match source.and_then(|source| source.downcast_ref::<tokio_postgres::Error>()) {
+        Some(error) => describe(error),
+        None => source.map_or_else(String::new, ToString::to_string),
+    }
+}

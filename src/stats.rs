@@ -1,0 +1,434 @@
+//! What a stream tells of itself, and the one rule that turns times into a verdict.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::channel::Gauge;
+use crate::time::{Consumer, Producer, Times};
+
+/// Which side sets the pace of a stream.
+///
+/// It names a side, not a fault: a stream that goes as fast as your disk writes is `ConsumerBound` and well.
+/// How much it matters is told by the [`Shares`] beside it: up to 10 % of the time is nothing, up to 50 % is
+/// some, above that the stream is bound by that side.
+///
+/// ```
+/// use fraiseql_stream::Verdict;
+/// assert_eq!(Verdict::ConsumerBound.as_str(), "consumer_bound");
+/// assert_eq!(Verdict::ConsumerBound.to_string(), "consumer-bound");
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Verdict {
+    /// Rows wait for your code: the consumer lags.
+    ConsumerBound,
+    /// Your code waits for rows: Postgres or the network is slow.
+    SourceBound,
+    /// Rows are there and your code waits for them, but the async runtime does not run the task.
+    RuntimeBound,
+    /// No side waits much longer than another.
+    Balanced,
+}
+
+impl Verdict {
+    /// The name in metrics, spans and JSON: `consumer_bound`, `source_bound`, `runtime_bound` or `balanced`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::ConsumerBound => "consumer_bound",
+            Self::SourceBound => "source_bound",
+            Self::RuntimeBound => "runtime_bound",
+            Self::Balanced => "balanced",
+        }
+    }
+
+    fn advice(self) -> &'static str {
+        match self {
+            Self::ConsumerBound => ": Postgres waited for your code, not the other way round",
+            Self::SourceBound => ": your code waited for Postgres",
+            Self::RuntimeBound => ": rows were there, but the async runtime did not run the task",
+            Self::Balanced => "",
+        }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ConsumerBound => "consumer-bound",
+            Self::SourceBound => "source-bound",
+            Self::RuntimeBound => "runtime-bound",
+            Self::Balanced => "balanced",
+        })
+    }
+}
+
+/// Shares of a stream's time, 0 to 1, by who waited for whom. They add up to 1; time in
+/// [`pause`](crate::JsonStream::pause) does not count.
+///
+/// ```
+/// use fraiseql_stream::{Shares, Verdict};
+///
+/// let mut shares = Shares::default();
+/// (shares.backlog, shares.source_wait, shares.overlap) = (0.8, 0.1, 0.1);
+/// assert_eq!(shares.verdict(), Verdict::ConsumerBound);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct Shares {
+    /// The consumer was busy while more rows, or the end, waited in the channel.
+    pub backlog: f64,
+    /// The consumer waited and the channel was empty.
+    pub source_wait: f64,
+    /// Rows were there and the consumer was woken, but the runtime had not polled it yet.
+    pub scheduled: f64,
+    /// The consumer was busy and the channel was empty: nobody waited.
+    pub overlap: f64,
+}
+
+impl Shares {
+    fn of(times: &Times) -> Self {
+        let part = |state| times.of(state) as f64;
+        let [backlog, source_wait, scheduled, overlap] = [
+            part(Consumer::Backlog),
+            part(Consumer::SourceWait),
+            part(Consumer::Scheduled),
+            part(Consumer::Overlap),
+        ];
+        let whole = backlog + source_wait + scheduled + overlap;
+        if whole == 0.0 {
+            return Self::default();
+        }
+        Self {
+            backlog: backlog / whole,
+            source_wait: source_wait / whole,
+            scheduled: scheduled / whole,
+            overlap: overlap / whole,
+        }
+    }
+
+    /// The side with the largest share, if that is above 10 % and at least twice the next one; otherwise
+    /// [`Verdict::Balanced`].
+    pub fn verdict(&self) -> Verdict {
+        let mut sides = [
+            (self.backlog, Verdict::ConsumerBound),
+            (self.source_wait, Verdict::SourceBound),
+            (self.scheduled, Verdict::RuntimeBound),
+        ];
+        sides.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let [(largest, verdict), (next, _), _] = sides;
+        if largest > 0.1 && largest >= 2.0 * next {
+            verdict
+        } else {
+            Verdict::Balanced
+        }
+    }
+
+    /// The share that the verdict rests on; for `Balanced` the time in which nobody waited.
+    pub fn of_verdict(&self) -> f64 {
+        match self.verdict() {
+            Verdict::ConsumerBound => self.backlog,
+            Verdict::SourceBound => self.source_wait,
+            Verdict::RuntimeBound => self.scheduled,
+            Verdict::Balanced => self.overlap,
+        }
+    }
+}
+
+/// The consumer's half of a stream's life, cut into states that add up to [`Stats::elapsed`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StreamTime {
+    /// Polled, and nothing was there.
+    pub source_wait: Duration,
+    /// Rows were there and the task was woken, but the runtime had not polled it.
+    pub scheduled: Duration,
+    /// Turning JSON into `T`. Sampled; what it gains here it loses in `consumer`.
+    pub decode: Duration,
+    /// Your code held the rows.
+    pub consumer: Duration,
+    /// Between [`pause`](crate::JsonStream::pause) and the next poll.
+    pub paused: Duration,
+}
+
+/// The producer's half, cut into states that add up to the time from the query's start to its last row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ProducerTime {
+    /// Waiting for Postgres or reading from it.
+    pub source: Duration,
+    /// Waiting for room in the channel: so long was Postgres held back.
+    pub room: Duration,
+}
+
+/// A stream's statistics at one moment. Taking them neither waits nor disturbs the stream.
+///
+/// ```no_run
+/// # async fn example(stream: fraiseql_stream::JsonStream<serde_json::Value>) {
+/// let stats = stream.stats();
+/// println!("{stats}"); // orders: 214,332 rows, 61.0 MB in 12.4 s; consumer-bound 81 % (...)
+/// println!("{} rows wait, {:?}", stats.buffered_rows, stats.verdict());
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Stats {
+    /// The relation, as it was given to `query`.
+    pub entity: Arc<str>,
+    /// The stream's life so far; it stands still once the stream has ended.
+    pub elapsed: Duration,
+    /// Rows given to your code.
+    pub rows: u64,
+    /// Rows that `where_rust` kept back.
+    pub filtered: u64,
+    /// Rows that did not decode.
+    pub failed: u64,
+    /// Payload bytes received.
+    pub bytes: u64,
+    /// Rows that wait in the channel now.
+    pub buffered_rows: usize,
+    /// Payload bytes that wait in the channel now.
+    pub buffered_bytes: usize,
+    /// The most payload bytes that ever waited at once.
+    pub peak_bytes: usize,
+    /// The most rows that may wait.
+    pub row_limit: usize,
+    /// The most payload bytes that may wait (`max_memory`).
+    pub byte_limit: usize,
+    /// Where the consumer's time went.
+    pub time: StreamTime,
+    /// Where the producer's time went.
+    pub producer_time: ProducerTime,
+    /// The time in which the consumer was busy while rows, or the end, waited for it.
+    pub backlog: Duration,
+    shares: Shares,
+    recent: Shares,
+}
+
+impl Stats {
+    /// Who set the pace since the stream began.
+    pub fn verdict(&self) -> Verdict {
+        self.shares.verdict()
+    }
+
+    /// The shares behind [`verdict`](Self::verdict).
+    pub fn shares(&self) -> Shares {
+        self.shares
+    }
+
+    /// The shares of the last ten seconds of the stream's life; `recent().verdict()` is who sets the pace now.
+    pub fn recent(&self) -> Shares {
+        self.recent
+    }
+
+    /// One clause for the end of an error: how much, how long, whose time.
+    pub(crate) fn epitaph(&self) -> String {
+        let verdict = self.verdict();
+        format!(
+            "after {} rows in {}; {verdict} {}{}",
+            Grouped(self.rows),
+            Seconds(self.elapsed),
+            Percent(self.shares.of_verdict()),
+            verdict.advice(),
+        )
+    }
+}
+
+impl fmt::Display for Stats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let whole = self.elapsed.as_secs_f64().max(f64::MIN_POSITIVE);
+        let part = |time: Duration| Percent(time.as_secs_f64() / whole);
+        write!(
+            f,
+            "{}: {} rows, {} in {}; {} {} (your code {}, decoding {}), peak {} of {}",
+            self.entity,
+            Grouped(self.rows),
+            Bytes(self.bytes),
+            Seconds(self.elapsed),
+            self.verdict(),
+            Percent(self.shares.of_verdict()),
+            part(self.time.consumer),
+            part(self.time.decode),
+            Bytes(self.peak_bytes as u64),
+            Bytes(self.byte_limit as u64),
+        )
+    }
+}
+
+struct Grouped(u64);
+
+impl fmt::Display for Grouped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let digits = self.0.to_string();
+        for (i, digit) in digits.char_indices() {
+            if i > 0 && (digits.len() - i).is_multiple_of(3) {
+                f.write_str(",")?;
+            }
+            write!(f, "{digit}")?;
+        }
+        Ok(())
+    }
+}
+
+struct Bytes(u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let amount = self.0 as f64;
+        match self.0 {
+            0..1_000 => write!(f, "{} B", self.0),
+            1_000..1_000_000 => write!(f, "{:.1} kB", amount / 1e3),
+            1_000_000..1_000_000_000 => write!(f, "{:.1} MB", amount / 1e6),
+            _ => write!(f, "{:.1} GB", amount / 1e9),
+        }
+    }
+}
+
+struct Seconds(Duration);
+
+impl fmt::Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = self.0.as_secs_f64();
+        if seconds < 1.0 {
+            write!(f, "{:.0} ms", seconds * 1e3)
+        } else {
+            write!(f, "{seconds:.1} s")
+        }
+    }
+}
+
+struct Percent(f64);
+
+impl fmt::Display for Percent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.0} %", self.0 * 100.0)
+    }
+}
+
+/// Rows by what became of them. One writer, the stream; read by all.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    pub(crate) yielded: AtomicU64,
+    pub(crate) filtered: AtomicU64,
+    pub(crate) failed: AtomicU64,
+    /// When a row was last seen to be given out, in nanoseconds of the stream's life.
+    pub(crate) last_row: AtomicU64,
+}
+
+impl Progress {
+    /// Adds one without the cost of an atomic addition: the stream alone writes.
+    pub(crate) fn count(counter: &AtomicU64) {
+        counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    }
+}
+
+/// Looks at a stream from elsewhere: another task, a status page, a health check. Cheap to clone; it
+/// keeps working, and stands still, after the stream has ended.
+///
+/// ```no_run
+/// # async fn example(stream: fraiseql_stream::JsonStream<serde_json::Value>) {
+/// let observer = stream.observer();
+/// tokio::spawn(async move {
+///     while !observer.is_ended() {
+///         println!("{}", observer.stats());
+///         tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+///     }
+/// });
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Observer {
+    pub(crate) entity: Arc<str>,
+    pub(crate) gauge: Arc<Gauge>,
+    pub(crate) progress: Arc<Progress>,
+}
+
+impl Observer {
+    /// The stream's statistics now.
+    pub fn stats(&self) -> Stats {
+        let (gauge, limits) = (&self.gauge, &self.gauge.limits);
+        let times = gauge.ledger.read();
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Stats {
+            entity: Arc::clone(&self.entity),
+            elapsed: Duration::from_nanos(times.at),
+            rows: count(&self.progress.yielded),
+            filtered: count(&self.progress.filtered),
+            failed: count(&self.progress.failed),
+            bytes: gauge.received_bytes(),
+            buffered_rows: gauge.rows(),
+            buffered_bytes: gauge.bytes(),
+            peak_bytes: gauge.peak_bytes(),
+            row_limit: limits.rows,
+            byte_limit: limits.bytes,
+            time: StreamTime::of(&times),
+            producer_time: ProducerTime {
+                source: Duration::from_nanos(times.producer[Producer::Source as usize]),
+                room: Duration::from_nanos(times.producer[Producer::Room as usize]),
+            },
+            backlog: Duration::from_nanos(times.of(Consumer::Backlog)),
+            shares: Shares::of(&times),
+            recent: Shares::of(&since(&times, &gauge.ledger.read_window_start())),
+        }
+    }
+
+    /// Whether the stream is over: its end was reached, or it was dropped.
+    pub fn is_ended(&self) -> bool {
+        self.gauge.ledger.is_ended()
+    }
+}
+
+impl StreamTime {
+    fn of(times: &Times) -> Self {
+        let held = times.of(Consumer::Overlap) + times.of(Consumer::Backlog);
+        Self {
+            source_wait: Duration::from_nanos(times.of(Consumer::SourceWait)),
+            scheduled: Duration::from_nanos(times.of(Consumer::Scheduled)),
+            decode: Duration::from_nanos(times.decode),
+            consumer: Duration::from_nanos(held - times.decode),
+            paused: Duration::from_nanos(times.of(Consumer::Paused)),
+        }
+    }
+}
+
+fn since(now: &Times, then: &Times) -> Times {
+    Times {
+        consumer: std::array::from_fn(|i| now.consumer[i].saturating_sub(then.consumer[i])),
+        ..*now
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdict(backlog: f64, source_wait: f64, scheduled: f64) -> Verdict {
+        let overlap = 1.0 - backlog - source_wait - scheduled;
+        Shares {
+            backlog,
+            source_wait,
+            scheduled,
+            overlap,
+        }
+        .verdict()
+    }
+
+    #[test]
+    fn the_verdict_takes_a_tenth_and_twice_the_next() {
+        assert_eq!(verdict(0.11, 0.05, 0.0), Verdict::ConsumerBound);
+        assert_eq!(verdict(0.10, 0.0, 0.0), Verdict::Balanced);
+        assert_eq!(verdict(0.3, 0.6, 0.1), Verdict::SourceBound);
+        assert_eq!(verdict(0.3, 0.5, 0.2), Verdict::Balanced);
+        assert_eq!(verdict(0.1, 0.2, 0.5), Verdict::RuntimeBound);
+        assert_eq!(Shares::default().verdict(), Verdict::Balanced);
+    }
+
+    #[test]
+    fn figures_read_well() {
+        assert_eq!(Grouped(7).to_string(), "7");
+        assert_eq!(Grouped(100_213).to_string(), "100,213");
+        assert_eq!(Bytes(61_000_000).to_string(), "61.0 MB");
+        assert_eq!(Seconds(Duration::from_millis(12_400)).to_string(), "12.4 s");
+    }
+}

@@ -1,0 +1,16 @@
+//! What a stream tells OpenTelemetry and `tracing`. Written to by all stages, asks none of them anything.
+
+mod instruments;
+mod recorder;
+mod registry;
+mod spans;
+
+pub use instruments::Instruments;
+pub(crate) use recorder::{Batch, Recorder, heartbeat, summary};
+pub use spans::PollSpans;
+pub(crate) use spans::{Query, query_span};
+
+/// The name of the crate's meter and the target of its spans and log records.
+pub(crate) const SCOPE: &str = "fraiseql_stream";
+/// The target of the one event that belongs into a span and not into the log.
+pub(crate) const FIRST_ROW: &str = "fraiseql_stream::first_row";

@@ -1,0 +1,228 @@
+//! One stream's telemetry: what is recorded at its start, at each poll batch, and once at its end.
+
+use std::sync::Arc;
+
+use opentelemetry::KeyValue;
+use tracing::{Span, debug, info};
+
+use super::registry::Live;
+use super::spans::{BatchSpans, Query, Sums, seconds};
+use super::{FIRST_ROW, Instruments, PollSpans, SCOPE};
+use crate::error::Error;
+use crate::stats::{Observer, Stats};
+use crate::time::Nanos;
+
+/// A poll batch that was taken.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Batch {
+    pub(crate) rows: usize,
+    pub(crate) bytes: usize,
+    pub(crate) rows_before: usize,
+    pub(crate) bytes_before: usize,
+    /// When the poll began that got it.
+    pub(crate) polled: Nanos,
+}
+
+#[derive(Debug)]
+pub(crate) struct Recorder {
+    instruments: Instruments,
+    stream: Observer,
+    span: Span,
+    batches: BatchSpans,
+    entity: KeyValue,
+    /// Attributes of the `db.client` metrics.
+    database: Vec<KeyValue>,
+    live: Option<Live>,
+    first_row: bool,
+}
+
+impl Recorder {
+    pub(crate) fn start(
+        instruments: &Instruments,
+        stream: Observer,
+        span: Span,
+        query: &Query<'_>,
+        spans: PollSpans,
+    ) -> Self {
+        let entity = instruments.0.registry.entity(&stream.entity);
+        let recorder = Self {
+            instruments: instruments.clone(),
+            span,
+            batches: BatchSpans::new(spans),
+            entity: entity.attribute.clone(),
+            database: database(query, &entity.attribute),
+            live: Some(Live::new(entity, stream.clone())),
+            stream,
+            first_row: false,
+        };
+        let _in_query = recorder.span.enter();
+        debug!(target: SCOPE, entity = &*recorder.stream.entity, "stream started");
+        drop(_in_query);
+        recorder
+    }
+
+    /// A poll begins that is not served from the chunk in hand.
+    pub(crate) fn polled(&mut self, now: Nanos) {
+        if !self.batches.is_off() && !self.span.is_disabled() {
+            self.batches
+                .begin(&self.span, now, self.stream.gauge.ledger.read_decode());
+        }
+    }
+
+    /// The poll got a chunk.
+    pub(crate) fn taken(&mut self, now: Nanos, batch: &Batch) {
+        let (instruments, limits) = (&self.instruments.0, &self.stream.gauge.limits);
+        let entity = std::slice::from_ref(&self.entity);
+        let by_rows = batch.rows_before as f64 / limits.rows as f64;
+        let by_bytes = batch.bytes_before as f64 / limits.bytes as f64;
+        instruments
+            .occupancy
+            .record(batch.rows_before as u64, entity);
+        instruments
+            .utilization
+            .record(by_rows.max(by_bytes), entity);
+        instruments.chunk_size.record(batch.rows as u64, entity);
+        if !self.first_row {
+            self.first_row = true;
+            instruments.time_to_first_row.record(seconds(now), entity);
+            self.span
+                .in_scope(|| debug!(target: FIRST_ROW, "first row"));
+        }
+        self.batches.taken(
+            now,
+            &Sums {
+                batches: 1,
+                rows: batch.rows,
+                bytes: batch.bytes,
+                wait: now.saturating_sub(batch.polled),
+                occupancy_before: batch.rows_before,
+                occupancy_after: batch.rows_before.saturating_sub(batch.rows),
+            },
+        );
+    }
+
+    /// The stream is over; only the first call counts. `None`: it was dropped before its end.
+    pub(crate) fn ended(&mut self, end: Option<Result<(), &Error>>) {
+        // Folds the stream into its entity's totals.
+        if self.live.take().is_none() {
+            return;
+        }
+        let stats = self.stream.stats();
+        let (outcome, error) = match end {
+            None => ("dropped", None),
+            Some(Ok(())) => ("complete", None),
+            Some(Err(error)) => ("failed", Some(error)),
+        };
+        self.count_end(&stats, outcome, error);
+        self.batches.close(self.stream.gauge.ledger.read_decode());
+        if !self.span.is_disabled() {
+            self.end_span(&stats, outcome, error);
+        }
+        self.span = Span::none();
+    }
+
+    fn count_end(&self, stats: &Stats, outcome: &'static str, error: Option<&Error>) {
+        let instruments = &self.instruments.0;
+        let error_type =
+            error.map(|error| KeyValue::new("error.type", error.type_name().to_owned()));
+        let attributes: Vec<_> = [self.entity.clone(), KeyValue::new("outcome", outcome)]
+            .into_iter()
+            .chain(error_type.clone())
+            .collect();
+        instruments.ended.add(1, &attributes);
+        let mut database = self.database.clone();
+        database.extend(error_type);
+        if let Some(code) = error.and_then(Error::sqlstate) {
+            database.push(KeyValue::new(
+                "db.response.status_code",
+                code.code().to_owned(),
+            ));
+        }
+        instruments
+            .operation_duration
+            .record(stats.elapsed.as_secs_f64(), &database);
+        instruments
+            .returned_rows
+            .record(stats.rows + stats.filtered + stats.failed, &database);
+    }
+
+    fn end_span(&self, stats: &Stats, outcome: &str, error: Option<&Error>) {
+        let (span, shares, time) = (&self.span, stats.shares(), &stats.time);
+        span.record("fraiseql.outcome", outcome);
+        span.record("fraiseql.verdict", stats.verdict().as_str());
+        span.record("fraiseql.share.backlog", shares.backlog);
+        span.record("fraiseql.share.source_wait", shares.source_wait);
+        span.record("fraiseql.share.scheduled", shares.scheduled);
+        span.record("fraiseql.share.overlap", shares.overlap);
+        span.record("fraiseql.rows", stats.rows);
+        span.record("fraiseql.bytes", stats.bytes);
+        span.record("fraiseql.time.source_wait", time.source_wait.as_secs_f64());
+        span.record("fraiseql.time.scheduled", time.scheduled.as_secs_f64());
+        span.record("fraiseql.time.decode", time.decode.as_secs_f64());
+        span.record("fraiseql.time.consumer", time.consumer.as_secs_f64());
+        span.record("fraiseql.time.paused", time.paused.as_secs_f64());
+        span.record(
+            "db.response.returned_rows",
+            stats.rows + stats.filtered + stats.failed,
+        );
+        if let Some(error) = error {
+            span.record("error.type", error.type_name());
+            span.record("otel.status_code", "error");
+            span.record("otel.status_description", error.to_string());
+            if let Some(code) = error.sqlstate() {
+                span.record("db.response.status_code", code.code());
+            }
+        }
+        // The exporting layer takes the last exit of a span as its end: here, before any clean-up.
+        span.in_scope(|| ());
+    }
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        self.ended(None);
+    }
+}
+
+fn database(query: &Query<'_>, entity: &KeyValue) -> Vec<KeyValue> {
+    let mut attributes = vec![
+        KeyValue::new("db.system.name", "postgresql"),
+        // Not the entity's own name, but that of its series: bounded in number.
+        KeyValue::new("db.collection.name", entity.value.clone()),
+        KeyValue::new("db.operation.name", "SELECT"),
+        KeyValue::new("server.address", query.address.to_owned()),
+    ];
+    if let Some(namespace) = query.namespace {
+        attributes.push(KeyValue::new("db.namespace", namespace.to_owned()));
+    }
+    if let Some(port) = query.port {
+        attributes.push(KeyValue::new("server.port", i64::from(port)));
+    }
+    attributes
+}
+
+/// Tells every 30 s how a stream is, in the log and so with its trace id: its root span is exported only at
+/// its end, which may be hours away. Runs until the stream is over.
+pub(crate) async fn heartbeat(stream: Observer, span: Span) {
+    let every = std::time::Duration::from_secs(30);
+    loop {
+        tokio::time::sleep(every).await;
+        let stats = stream.stats();
+        let _in_query = span.enter();
+        info!(
+            target: SCOPE,
+            entity = &*stats.entity,
+            rows = stats.rows,
+            bytes = stats.bytes,
+            buffered_rows = stats.buffered_rows,
+            verdict = stats.verdict().as_str(),
+            verdict_recent = stats.recent().verdict().as_str(),
+            "{stats}",
+        );
+    }
+}
+
+/// For the summary of a query: what is done, to what.
+pub(crate) fn summary(entity: &Arc<str>) -> String {
+    format!("SELECT {entity}")
+}

@@ -1,0 +1,226 @@
+//! The query span, and the spans of poll batches within their budget.
+
+use tracing::field::Empty;
+use tracing::{Span, info_span};
+
+use super::SCOPE;
+use crate::time::Nanos;
+
+/// How many spans poll batches get.
+///
+/// A poll-batch span lasts from the poll to the rows in hand: in a waterfall, long spans mean that Postgres
+/// is slow, and gaps between them that the consumer is.
+///
+/// ```
+/// use fraiseql_stream::{Connection, PollSpans};
+/// let builder = Connection::builder("postgres://localhost/shop").poll_spans(PollSpans::Budget(16));
+/// assert_eq!(PollSpans::default(), PollSpans::Budget(64));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PollSpans {
+    /// One for every poll batch. A fast stream makes tens of thousands a second: for debugging.
+    Every,
+    /// A span covers poll batches of together at least 256 rows or 10 ms. After so many spans each covers
+    /// two such groups, after as many again four, and so on; the sums over all spans stay complete.
+    Budget(u32),
+    /// None; the query span remains.
+    Off,
+}
+
+impl Default for PollSpans {
+    /// `Budget(64)`: about 300 spans for half a million small rows.
+    fn default() -> Self {
+        Self::Budget(64)
+    }
+}
+
+/// A group is worth a span when it has so many rows, or took so long.
+const GROUP_ROWS: usize = 256;
+const GROUP_TIME: Nanos = 10_000_000;
+
+/// What the query span says from its start.
+#[derive(Debug)]
+pub(crate) struct Query<'a> {
+    pub(crate) entity: &'a str,
+    pub(crate) summary: &'a str,
+    pub(crate) namespace: Option<&'a str>,
+    pub(crate) address: &'a str,
+    /// Where it is not 5432.
+    pub(crate) port: Option<u16>,
+    /// Only on request.
+    pub(crate) text: Option<&'a str>,
+}
+
+/// A CLIENT span after the database conventions, below the caller's current span.
+pub(crate) fn query_span(query: &Query<'_>) -> Span {
+    info_span!(
+        target: SCOPE,
+        "query",
+        otel.name = query.summary,
+        otel.kind = "client",
+        otel.status_code = Empty,
+        otel.status_description = Empty,
+        db.system.name = "postgresql",
+        db.namespace = query.namespace,
+        db.collection.name = query.entity,
+        db.operation.name = "SELECT",
+        db.query.summary = query.summary,
+        db.query.text = query.text,
+        db.response.status_code = Empty,
+        db.response.returned_rows = Empty,
+        server.address = query.address,
+        server.port = query.port,
+        error.type = Empty,
+        fraiseql.outcome = Empty,
+        fraiseql.verdict = Empty,
+        fraiseql.share.backlog = Empty,
+        fraiseql.share.source_wait = Empty,
+        fraiseql.share.scheduled = Empty,
+        fraiseql.share.overlap = Empty,
+        fraiseql.rows = Empty,
+        fraiseql.bytes = Empty,
+        fraiseql.time.source_wait = Empty,
+        fraiseql.time.scheduled = Empty,
+        fraiseql.time.decode = Empty,
+        fraiseql.time.consumer = Empty,
+        fraiseql.time.paused = Empty,
+    )
+}
+
+/// What a poll batch adds to the span that covers it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Sums {
+    pub(crate) batches: u64,
+    pub(crate) rows: usize,
+    pub(crate) bytes: usize,
+    pub(crate) wait: Nanos,
+    pub(crate) occupancy_before: usize,
+    pub(crate) occupancy_after: usize,
+}
+
+/// Opens and closes the spans of one stream's poll batches.
+#[derive(Debug)]
+pub(super) struct BatchSpans {
+    mode: PollSpans,
+    /// Spans made.
+    made: u32,
+    /// Groups that one span covers now.
+    cover: u32,
+    open: Option<Open>,
+}
+
+#[derive(Debug)]
+struct Open {
+    span: Span,
+    sums: Sums,
+    groups: u32,
+    group_rows: usize,
+    group_since: Nanos,
+    /// Decoding of the stream when the span began.
+    decoded: Nanos,
+}
+
+impl BatchSpans {
+    pub(super) fn new(mode: PollSpans) -> Self {
+        Self {
+            mode,
+            made: 0,
+            cover: 1,
+            open: None,
+        }
+    }
+
+    pub(super) fn is_off(&self) -> bool {
+        self.mode == PollSpans::Off
+    }
+
+    /// A poll begins; `decoded` is the stream's decoding so far.
+    pub(super) fn begin(&mut self, query: &Span, now: Nanos, decoded: Nanos) {
+        if let Some(open) = &self.open {
+            if open.groups < self.cover {
+                return;
+            }
+            self.close(decoded);
+        }
+        let span = info_span!(
+            target: SCOPE,
+            parent: query,
+            "poll_batch",
+            fraiseql.batches = Empty,
+            fraiseql.rows = Empty,
+            fraiseql.bytes = Empty,
+            fraiseql.occupancy.before = Empty,
+            fraiseql.occupancy.after = Empty,
+            fraiseql.time.wait = Empty,
+            fraiseql.time.decode = Empty,
+        );
+        self.open = Some(Open {
+            span,
+            sums: Sums::default(),
+            groups: 0,
+            group_rows: 0,
+            group_since: now,
+            decoded,
+        });
+    }
+
+    /// The rows are in hand: here the span ends for now, whatever the consumer does next.
+    pub(super) fn taken(&mut self, now: Nanos, batch: &Sums) {
+        let Some(open) = &mut self.open else { return };
+        let first = open.sums.batches == 0;
+        open.sums = Sums {
+            batches: open.sums.batches + 1,
+            rows: open.sums.rows + batch.rows,
+            bytes: open.sums.bytes + batch.bytes,
+            wait: open.sums.wait + batch.wait,
+            occupancy_before: if first {
+                batch.occupancy_before
+            } else {
+                open.sums.occupancy_before
+            },
+            occupancy_after: batch.occupancy_after,
+        };
+        open.group_rows += batch.rows;
+        let long = now.saturating_sub(open.group_since) >= GROUP_TIME;
+        if self.mode == PollSpans::Every || open.group_rows >= GROUP_ROWS || long {
+            open.groups += 1;
+            (open.group_rows, open.group_since) = (0, now);
+        }
+        // The exporting layer takes the last exit of a span as its end.
+        open.span.in_scope(|| ());
+    }
+
+    /// Nothing more comes, or enough is covered.
+    pub(super) fn close(&mut self, decoded: Nanos) {
+        let Some(Open {
+            span,
+            sums,
+            decoded: before,
+            ..
+        }) = self.open.take()
+        else {
+            return;
+        };
+        span.record("fraiseql.batches", sums.batches);
+        span.record("fraiseql.rows", sums.rows);
+        span.record("fraiseql.bytes", sums.bytes);
+        span.record("fraiseql.occupancy.before", sums.occupancy_before);
+        span.record("fraiseql.occupancy.after", sums.occupancy_after);
+        span.record("fraiseql.time.wait", seconds(sums.wait));
+        span.record(
+            "fraiseql.time.decode",
+            seconds(decoded.saturating_sub(before)),
+        );
+        self.made += 1;
+        if let PollSpans::Budget(budget) = self.mode
+            && self.made.is_multiple_of(budget.max(1))
+        {
+            self.cover = self.cover.saturating_mul(2);
+        }
+    }
+}
+
+pub(super) fn seconds(nanos: Nanos) -> f64 {
+    nanos as f64 / 1e9
+}
