@@ -1,1 +1,227 @@
 //! Telemetry by OTLP, set up by the standard `OTEL_*` variables alone.
+//!
+//! ```no_run
+//! #[tokio::main]
+//! async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     let telemetry = fraiseql_stream::otlp::init()?;
+//!     // ... connect, stream ...
+//!     telemetry.shutdown().await?;
+//!     Ok(())
+//! }
+//! ```
+//!
+//! | variable | meaning, default |
+//! |---|---|
+//! | `OTEL_EXPORTER_OTLP_ENDPOINT` | the collector, `http://localhost:4318` (gRPC: `:4317`) |
+//! | `OTEL_EXPORTER_OTLP_PROTOCOL` | `http/protobuf`, or `grpc` with the feature `otlp-grpc` |
+//! | `OTEL_EXPORTER_OTLP_TIMEOUT` | milliseconds of one export, 10000 |
+//! | `OTEL_EXPORTER_OTLP_HEADERS`, `_COMPRESSION` | `key=value,...`; `gzip` or `none` |
+//! | `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES` | who you are |
+//! | `OTEL_TRACES_EXPORTER`, `OTEL_METRICS_EXPORTER`, `OTEL_LOGS_EXPORTER` | `otlp`, `console`, `none` |
+//! | `OTEL_TRACES_SAMPLER`, `OTEL_TRACES_SAMPLER_ARG` | `parentbased_always_on` |
+//! | `OTEL_BSP_SCHEDULE_DELAY`, `_MAX_QUEUE_SIZE`, `_MAX_EXPORT_BATCH_SIZE` | 5000 ms, 2048, 512; for logs `OTEL_BLRP_*` with 1000 ms |
+//! | `OTEL_METRIC_EXPORT_INTERVAL` | 60000 ms |
+//! | `OTEL_SDK_DISABLED` | `true`: nothing is recorded or sent |
+//!
+//! `OTEL_EXPORTER_OTLP_{TRACES,METRICS,LOGS}_*` variants of endpoint, protocol, headers and compression go
+//! before the general ones. A value that makes no sense is warned of once, and the default is used.
+//!
+//! A failing collector costs telemetry and one line in the log, never a row.
+
+mod env;
+mod guard;
+mod providers;
+mod report;
+
+use std::fmt;
+use std::sync::Arc;
+
+use opentelemetry::global;
+use opentelemetry::trace::TracerProvider;
+use opentelemetry_appender_tracing::layer::OpenTelemetryTracingBridge;
+use tracing::level_filters::LevelFilter;
+use tracing::{Level, Metadata, Subscriber};
+use tracing_subscriber::filter::FilterFn;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
+
+use crate::telemetry::{FIRST_ROW, Instruments, SCOPE};
+pub use guard::{Guard, ShutdownError};
+
+use self::env::Settings;
+use self::providers::Providers;
+use self::report::Health;
+
+/// Sets up metrics, traces and logs from the environment: the global meter and tracer providers, and a
+/// `tracing` subscriber that exports spans and logs and prints warnings on standard error.
+///
+/// If the service has a subscriber already, that one stays, with a warning; use [`providers`] and add
+/// [`Guard::layer`] to it. Call this before the first connection is made.
+///
+/// # Errors
+///
+/// Only when an exporter can't be made at all. Values that make no sense are warned of, and a collector
+/// that is away is no error.
+pub fn init() -> Result<Guard, InitError> {
+    let (guard, warnings) = start()?;
+    let to_stderr = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .without_time();
+    let to_stderr = to_stderr
+        .with_filter(FilterFn::new(is_not_telemetry).with_max_level_hint(LevelFilter::WARN));
+    let subscriber = tracing_subscriber::registry()
+        .with(guard.layer())
+        .with(to_stderr.with_filter(LevelFilter::WARN));
+    if subscriber.try_init().is_err() {
+        tracing::warn!(
+            "a tracing subscriber is installed already, so spans and logs do not reach OTLP: call otlp::providers() instead, and add guard.layer() to your subscriber"
+        );
+    }
+    tell(&warnings);
+    Ok(guard)
+}
+
+/// Like [`init`], but leaves the `tracing` subscriber to you: add [`Guard::layer`] to it.
+///
+/// ```no_run
+/// use tracing_subscriber::prelude::*;
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let telemetry = fraiseql_stream::otlp::providers()?;
+/// tracing_subscriber::registry().with(telemetry.layer()).with(tracing_subscriber::fmt::layer()).init();
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+///
+/// Those of [`init`].
+pub fn providers() -> Result<Guard, InitError> {
+    let (guard, warnings) = start()?;
+    tell(&warnings);
+    Ok(guard)
+}
+
+fn tell(warnings: &[String]) {
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+}
+
+fn start() -> Result<(Guard, Vec<String>), InitError> {
+    let settings = Settings::from_env();
+    let health = Arc::new(Health::default());
+    let providers = if settings.disabled {
+        Providers::default()
+    } else {
+        Providers::new(&settings, &health)?
+    };
+    if let Some(meter) = &providers.meter {
+        global::set_meter_provider(meter.clone());
+        Instruments::renew_global();
+    }
+    if let Some(tracer) = &providers.tracer {
+        global::set_tracer_provider(tracer.clone());
+    }
+    Ok((
+        Guard::new(providers, health, settings.traces.place),
+        settings.warnings,
+    ))
+}
+
+impl Guard {
+    /// The layer that turns `tracing` spans into OpenTelemetry's, and events into log records. Spans and
+    /// events of the exporters' own libraries are left out, or exporting would feed itself.
+    pub fn layer<S>(&self) -> impl Layer<S> + use<S>
+    where
+        S: Subscriber + for<'a> LookupSpan<'a> + Send + Sync,
+    {
+        let providers = self.providers();
+        let spans = providers
+            .and_then(|providers| providers.tracer.as_ref())
+            .map(|provider| {
+                tracing_opentelemetry::layer()
+                    .with_tracer(provider.tracer(SCOPE))
+                    .with_threads(false)
+                    .with_location(false)
+                    .with_tracked_inactivity(false)
+                    .with_target(false)
+                    // The first row is an event of its span; all else goes to the log, once.
+                    .with_filter(
+                        FilterFn::new(|about| {
+                            if about.is_span() {
+                                *about.level() <= Level::INFO && is_not_telemetry(about)
+                            } else {
+                                about.target() == FIRST_ROW
+                            }
+                        })
+                        .with_max_level_hint(LevelFilter::DEBUG),
+                    )
+            });
+        let records = providers
+            .and_then(|providers| providers.logger.as_ref())
+            .map(|provider| {
+                OpenTelemetryTracingBridge::new(provider).with_filter(
+                    FilterFn::new(|about| {
+                        let finest = if about.target() == SCOPE {
+                            Level::DEBUG
+                        } else {
+                            Level::INFO
+                        };
+                        about.is_event()
+                            && *about.level() <= finest
+                            && about.target() != FIRST_ROW
+                            && is_not_telemetry(about)
+                    })
+                    .with_max_level_hint(LevelFilter::DEBUG),
+                )
+            });
+        Layer::and_then(spans, records)
+    }
+}
+
+fn is_not_telemetry(about: &Metadata<'_>) -> bool {
+    let crates = [
+        "opentelemetry",
+        "tonic",
+        "h2",
+        "hyper",
+        "tower",
+        "reqwest",
+        "rustls",
+    ];
+    let of = |name: &&str| {
+        about
+            .target()
+            .strip_prefix(*name)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with([':', '_', '-']))
+    };
+    !crates.iter().any(|name| of(&name))
+}
+
+/// Telemetry that can't be set up.
+///
+/// ```no_run
+/// match fraiseql_stream::otlp::init() {
+///     Ok(telemetry) => drop(telemetry),
+///     Err(error) => eprintln!("going on without telemetry: {error}"),
+/// }
+/// ```
+#[derive(Debug)]
+pub struct InitError(String);
+
+impl InitError {
+    fn new(message: impl Into<String>) -> Self {
+        Self(message.into())
+    }
+}
+
+impl fmt::Display for InitError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for InitError {}

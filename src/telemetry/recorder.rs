@@ -6,7 +6,7 @@ use opentelemetry::KeyValue;
 use tracing::{Span, debug, info};
 
 use super::registry::Live;
-use super::spans::{BatchSpans, Query, Sums, seconds};
+use super::spans::{BatchSpans, Query, Sums, int, seconds};
 use super::{FIRST_ROW, Instruments, PollSpans, SCOPE};
 use crate::error::Error;
 use crate::stats::{Observer, Stats};
@@ -154,8 +154,8 @@ impl Recorder {
         span.record("fraiseql.share.source_wait", shares.source_wait);
         span.record("fraiseql.share.scheduled", shares.scheduled);
         span.record("fraiseql.share.overlap", shares.overlap);
-        span.record("fraiseql.rows", stats.rows);
-        span.record("fraiseql.bytes", stats.bytes);
+        span.record("fraiseql.rows", int(stats.rows));
+        span.record("fraiseql.bytes", int(stats.bytes));
         span.record("fraiseql.time.source_wait", time.source_wait.as_secs_f64());
         span.record("fraiseql.time.scheduled", time.scheduled.as_secs_f64());
         span.record("fraiseql.time.decode", time.decode.as_secs_f64());
@@ -212,9 +212,9 @@ pub(crate) async fn heartbeat(stream: Observer, span: Span) {
         info!(
             target: SCOPE,
             entity = &*stats.entity,
-            rows = stats.rows,
-            bytes = stats.bytes,
-            buffered_rows = stats.buffered_rows,
+            rows = int(stats.rows),
+            bytes = int(stats.bytes),
+            buffered_rows = int(stats.buffered_rows as u64),
             verdict = stats.verdict().as_str(),
             verdict_recent = stats.recent().verdict().as_str(),
             "{stats}",

@@ -70,7 +70,7 @@ pub(crate) fn query_span(query: &Query<'_>) -> Span {
         db.response.status_code = Empty,
         db.response.returned_rows = Empty,
         server.address = query.address,
-        server.port = query.port,
+        server.port = query.port.map(i64::from),
         error.type = Empty,
         fraiseql.outcome = Empty,
         fraiseql.verdict = Empty,
@@ -202,11 +202,14 @@ impl BatchSpans {
         else {
             return;
         };
-        span.record("fraiseql.batches", sums.batches);
-        span.record("fraiseql.rows", sums.rows);
-        span.record("fraiseql.bytes", sums.bytes);
-        span.record("fraiseql.occupancy.before", sums.occupancy_before);
-        span.record("fraiseql.occupancy.after", sums.occupancy_after);
+        span.record("fraiseql.batches", int(sums.batches));
+        span.record("fraiseql.rows", int(sums.rows as u64));
+        span.record("fraiseql.bytes", int(sums.bytes as u64));
+        span.record(
+            "fraiseql.occupancy.before",
+            int(sums.occupancy_before as u64),
+        );
+        span.record("fraiseql.occupancy.after", int(sums.occupancy_after as u64));
         span.record("fraiseql.time.wait", seconds(sums.wait));
         span.record(
             "fraiseql.time.decode",
@@ -219,6 +222,11 @@ impl BatchSpans {
             self.cover = self.cover.saturating_mul(2);
         }
     }
+}
+
+/// Integers of spans are signed in OpenTelemetry; others would come out as text.
+pub(super) fn int(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
 }
 
 pub(super) fn seconds(nanos: Nanos) -> f64 {

@@ -1,0 +1,452 @@
+//! Reads the `OTEL_*` variables as the specification asks: empty is unset, names are case-insensitive, and
+//! what makes no sense is told once and replaced by the default.
+
+use std::fmt::Display;
+use std::str::FromStr;
+use std::time::Duration;
+
+use opentelemetry::KeyValue;
+use opentelemetry_sdk::trace::Sampler;
+use reqwest::Url;
+
+/// What the environment asks for.
+#[derive(Debug)]
+pub(super) struct Settings {
+    pub(super) disabled: bool,
+    pub(super) traces: Signal,
+    pub(super) metrics: Signal,
+    pub(super) logs: Signal,
+    pub(super) sampler: Sampler,
+    pub(super) spans: Batch,
+    pub(super) records: Batch,
+    pub(super) metric_interval: Duration,
+    /// Of one export, retries included.
+    pub(super) timeout: Duration,
+    pub(super) resource: Vec<KeyValue>,
+    /// To be told once something can show it.
+    pub(super) warnings: Vec<String>,
+}
+
+/// How one signal leaves.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Signal {
+    pub(super) exporters: Vec<Exporter>,
+    pub(super) protocol: Protocol,
+    /// In place of what the exporter would read: that was no URL.
+    pub(super) endpoint: Option<String>,
+    /// Where it goes, for people.
+    pub(super) place: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Exporter {
+    Otlp,
+    Console,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Protocol {
+    #[default]
+    HttpProtobuf,
+    Grpc,
+}
+
+/// A batch processor's bounds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Batch {
+    pub(super) queue: usize,
+    pub(super) batch: usize,
+    pub(super) delay: Duration,
+}
+
+type Lookup<'a> = &'a dyn Fn(&str) -> Option<String>;
+
+struct Reader<'a> {
+    lookup: Lookup<'a>,
+    warnings: Vec<String>,
+}
+
+impl Settings {
+    pub(super) fn from_env() -> Self {
+        Self::read(&|name| std::env::var(name).ok())
+    }
+
+    /// Reads from any source of variables.
+    pub(super) fn read(lookup: Lookup<'_>) -> Self {
+        let mut env = Reader {
+            lookup,
+            warnings: Vec::new(),
+        };
+        Self {
+            disabled: env.flag("OTEL_SDK_DISABLED"),
+            traces: env.signal("TRACES"),
+            metrics: env.signal("METRICS"),
+            logs: env.signal("LOGS"),
+            sampler: env.sampler(),
+            spans: env.batch("BSP", Duration::from_secs(5)),
+            records: env.batch("BLRP", Duration::from_secs(1)),
+            metric_interval: Duration::from_millis(
+                env.positive("OTEL_METRIC_EXPORT_INTERVAL", 60_000),
+            ),
+            timeout: Duration::from_millis(env.positive("OTEL_EXPORTER_OTLP_TIMEOUT", 10_000)),
+            resource: env.resource(),
+            warnings: env.warnings,
+        }
+    }
+}
+
+impl Reader<'_> {
+    fn get(&self, name: &str) -> Option<String> {
+        (self.lookup)(name)
+            .map(|value| value.trim().to_owned())
+            .filter(|value| !value.is_empty())
+    }
+
+    fn refuse(&mut self, name: &str, value: &str, instead: impl Display) {
+        self.warnings.push(format!(
+            "{name}={value:?} makes no sense here: using {instead}"
+        ));
+    }
+
+    /// Only `true` is true.
+    fn flag(&mut self, name: &str) -> bool {
+        let Some(value) = self.get(name) else {
+            return false;
+        };
+        if !value.eq_ignore_ascii_case("true") && !value.eq_ignore_ascii_case("false") {
+            self.refuse(name, &value, "false");
+        }
+        value.eq_ignore_ascii_case("true")
+    }
+
+    fn positive<N: FromStr + PartialOrd + From<u8> + Display + Copy>(
+        &mut self,
+        name: &str,
+        default: N,
+    ) -> N {
+        let Some(value) = self.get(name) else {
+            return default;
+        };
+        match value.parse() {
+            Ok(number) if number > N::from(0) => number,
+            _ => {
+                self.refuse(
+                    name,
+                    &value,
+                    format_args!("{default} (a whole number above 0 is wanted)"),
+                );
+                default
+            }
+        }
+    }
+
+    fn batch(&mut self, kind: &str, delay: Duration) -> Batch {
+        let queue = self.positive(&format!("OTEL_{kind}_MAX_QUEUE_SIZE"), 2_048);
+        let batch = self.positive(&format!("OTEL_{kind}_MAX_EXPORT_BATCH_SIZE"), 512_usize);
+        let delay = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
+        let delay = self.positive(&format!("OTEL_{kind}_SCHEDULE_DELAY"), delay);
+        Batch {
+            queue,
+            batch: batch.min(queue),
+            delay: Duration::from_millis(delay),
+        }
+    }
+
+    fn signal(&mut self, signal: &str) -> Signal {
+        let protocol = self.protocol(signal);
+        let (endpoint, place) = self.endpoint(signal, protocol);
+        Signal {
+            exporters: self.exporters(signal),
+            protocol,
+            endpoint,
+            place,
+        }
+    }
+
+    fn exporters(&mut self, signal: &str) -> Vec<Exporter> {
+        let name = format!("OTEL_{signal}_EXPORTER");
+        let Some(value) = self.get(&name) else {
+            return vec![Exporter::Otlp];
+        };
+        let mut exporters = Vec::new();
+        for word in value
+            .split(',')
+            .map(|word| word.trim().to_ascii_lowercase())
+        {
+            match word.as_str() {
+                "otlp" => exporters.push(Exporter::Otlp),
+                "console" => exporters.push(Exporter::Console),
+                "none" => {}
+                _ => {
+                    self.refuse(&name, &value, "otlp (one of otlp, console, none is wanted)");
+                    return vec![Exporter::Otlp];
+                }
+            }
+        }
+        exporters
+    }
+
+    fn protocol(&mut self, signal: &str) -> Protocol {
+        let own = format!("OTEL_EXPORTER_OTLP_{signal}_PROTOCOL");
+        let name = if self.get(&own).is_some() {
+            own.as_str()
+        } else {
+            "OTEL_EXPORTER_OTLP_PROTOCOL"
+        };
+        let Some(value) = self.get(name) else {
+            return Protocol::default();
+        };
+        match value.to_ascii_lowercase().as_str() {
+            "http/protobuf" => Protocol::HttpProtobuf,
+            "grpc" if cfg!(feature = "otlp-grpc") => Protocol::Grpc,
+            "grpc" => {
+                self.refuse(
+                    name,
+                    &value,
+                    "http/protobuf (gRPC needs the cargo feature otlp-grpc)",
+                );
+                Protocol::HttpProtobuf
+            }
+            _ => {
+                self.refuse(
+                    name,
+                    &value,
+                    "http/protobuf (one of http/protobuf, grpc is wanted)",
+                );
+                Protocol::HttpProtobuf
+            }
+        }
+    }
+
+    /// What to set in place of the variable, and where the signal goes.
+    fn endpoint(&mut self, signal: &str, protocol: Protocol) -> (Option<String>, String) {
+        let default = match protocol {
+            Protocol::HttpProtobuf => "http://localhost:4318",
+            Protocol::Grpc => "http://localhost:4317",
+        };
+        let own = format!("OTEL_EXPORTER_OTLP_{signal}_ENDPOINT");
+        let name = if self.get(&own).is_some() {
+            own.as_str()
+        } else {
+            "OTEL_EXPORTER_OTLP_ENDPOINT"
+        };
+        let Some(value) = self.get(name) else {
+            return (None, default.to_owned());
+        };
+        let url = Url::parse(&value)
+            .ok()
+            .filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
+        if let Some(url) = url {
+            // Without user and password, if someone put them there.
+            let port = url
+                .port()
+                .map_or_else(String::new, |port| format!(":{port}"));
+            return (
+                None,
+                format!(
+                    "{}://{}{port}",
+                    url.scheme(),
+                    url.host_str().unwrap_or_default()
+                ),
+            );
+        }
+        self.warnings.push(format!(
+            "{name} is no URL such as http://localhost:4318: using {default}"
+        ));
+        let path = match protocol {
+            Protocol::HttpProtobuf => format!("/v1/{}", signal.to_ascii_lowercase()),
+            Protocol::Grpc => String::new(),
+        };
+        (Some(format!("{default}{path}")), default.to_owned())
+    }
+
+    fn sampler(&mut self) -> Sampler {
+        let name = "OTEL_TRACES_SAMPLER";
+        let default = Sampler::ParentBased(Box::new(Sampler::AlwaysOn));
+        let Some(value) = self.get(name) else {
+            return default;
+        };
+        let root = match value.to_ascii_lowercase().as_str() {
+            "always_on" | "parentbased_always_on" => Sampler::AlwaysOn,
+            "always_off" | "parentbased_always_off" => Sampler::AlwaysOff,
+            "traceidratio" | "parentbased_traceidratio" => Sampler::TraceIdRatioBased(self.ratio()),
+            _ => {
+                self.refuse(name, &value, "parentbased_always_on");
+                return default;
+            }
+        };
+        if value.to_ascii_lowercase().starts_with("parentbased") {
+            Sampler::ParentBased(Box::new(root))
+        } else {
+            root
+        }
+    }
+
+    fn ratio(&mut self) -> f64 {
+        let name = "OTEL_TRACES_SAMPLER_ARG";
+        let Some(value) = self.get(name) else {
+            return 1.0;
+        };
+        match value.parse() {
+            Ok(ratio) if (0.0..=1.0).contains(&ratio) => ratio,
+            _ => {
+                self.refuse(name, &value, "1 (a ratio from 0 to 1 is wanted)");
+                1.0
+            }
+        }
+    }
+
+    /// Attributes of the resource; the SDK does not decode percent signs, so it is done here.
+    fn resource(&mut self) -> Vec<KeyValue> {
+        let name = "OTEL_RESOURCE_ATTRIBUTES";
+        let Some(value) = self.get(name) else {
+            return Vec::new();
+        };
+        let pair = |pair: &str| {
+            let (key, value) = pair.split_once('=')?;
+            let key = Some(decode(key.trim())?).filter(|key| !key.is_empty())?;
+            Some(KeyValue::new(key, decode(value.trim())?))
+        };
+        let pairs = value.split(',').filter(|pair| !pair.trim().is_empty());
+        let attributes: Option<Vec<_>> = pairs.map(pair).collect();
+        attributes.unwrap_or_else(|| {
+            self.refuse(name, &value, "none of it (key=value,key=value is wanted, with , and = inside values as %2C and %3D)");
+            Vec::new()
+        })
+    }
+}
+
+fn decode(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        if byte == b'%' {
+            let digits = [rest.next()?, rest.next()?];
+            bytes.push(u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?);
+        } else {
+            bytes.push(byte);
+        }
+    }
+    String::from_utf8(bytes).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(variables: &[(&str, &str)]) -> Settings {
+        Settings::read(&|name| {
+            variables
+                .iter()
+                .find(|(key, _)| *key == name)
+                .map(|(_, value)| (*value).to_owned())
+        })
+    }
+
+    #[test]
+    fn nothing_set_means_the_defaults_of_the_specification() {
+        let settings = read(&[
+            ("OTEL_TRACES_EXPORTER", ""),
+            ("OTEL_BSP_MAX_QUEUE_SIZE", " "),
+        ]);
+        assert!(!settings.disabled && settings.warnings.is_empty());
+        assert_eq!(settings.traces.exporters, [Exporter::Otlp]);
+        assert_eq!(settings.logs.protocol, Protocol::HttpProtobuf);
+        assert_eq!(
+            settings.spans,
+            Batch {
+                queue: 2_048,
+                batch: 512,
+                delay: Duration::from_secs(5)
+            }
+        );
+        assert_eq!(settings.records.delay, Duration::from_secs(1));
+        assert_eq!(settings.metric_interval, Duration::from_mins(1));
+        assert!(matches!(settings.sampler, Sampler::ParentBased(_)));
+    }
+
+    #[test]
+    fn each_signal_has_its_own_exporters_and_protocol() {
+        let settings = read(&[
+            ("OTEL_METRICS_EXPORTER", "Console, otlp"),
+            ("OTEL_LOGS_EXPORTER", "none"),
+            ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),
+            ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "GRPC"),
+            (
+                "OTEL_EXPORTER_OTLP_ENDPOINT",
+                "http://user:secret@collector:4318",
+            ),
+        ]);
+        assert_eq!(
+            settings.metrics.exporters,
+            [Exporter::Console, Exporter::Otlp]
+        );
+        assert!(settings.logs.exporters.is_empty());
+        assert_eq!(settings.metrics.protocol, Protocol::HttpProtobuf);
+        assert_eq!(
+            settings.traces.protocol == Protocol::Grpc,
+            cfg!(feature = "otlp-grpc")
+        );
+        assert_eq!(settings.metrics.place, "http://collector:4318");
+    }
+
+    #[test]
+    fn nonsense_is_told_once_and_replaced_by_the_default() {
+        for (name, value) in [
+            ("OTEL_SDK_DISABLED", "yes"),
+            ("OTEL_TRACES_EXPORTER", "carrier-pigeon"),
+            ("OTEL_EXPORTER_OTLP_PROTOCOL", "smoke"),
+            ("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", "nowhere"),
+            ("OTEL_TRACES_SAMPLER", "sometimes"),
+            ("OTEL_BSP_MAX_QUEUE_SIZE", "0"),
+            ("OTEL_BSP_SCHEDULE_DELAY", "soon"),
+            ("OTEL_METRIC_EXPORT_INTERVAL", "0"),
+            ("OTEL_EXPORTER_OTLP_TIMEOUT", "-1"),
+            ("OTEL_RESOURCE_ATTRIBUTES", "team=a%zz"),
+        ] {
+            let settings = read(&[(name, value)]);
+            let told: Vec<_> = settings
+                .warnings
+                .iter()
+                .filter(|warning| warning.contains(name))
+                .collect();
+            assert!(!told.is_empty(), "{name}");
+            assert!(!settings.disabled && settings.traces.exporters == [Exporter::Otlp]);
+            assert_eq!(settings.spans, read(&[]).spans);
+            assert_eq!(
+                (settings.metric_interval, settings.timeout),
+                (read(&[]).metric_interval, read(&[]).timeout)
+            );
+        }
+    }
+
+    #[test]
+    fn samplers_are_read_in_any_case_and_their_ratio_is_checked() {
+        let sampler = |value, ratio| {
+            format!(
+                "{:?}",
+                read(&[
+                    ("OTEL_TRACES_SAMPLER", value),
+                    ("OTEL_TRACES_SAMPLER_ARG", ratio)
+                ])
+                .sampler
+            )
+        };
+        assert_eq!(sampler("TraceIdRatio", "0.25"), "TraceIdRatioBased(0.25)");
+        assert_eq!(sampler("traceidratio", "7"), "TraceIdRatioBased(1.0)");
+        assert_eq!(sampler("always_off", ""), "AlwaysOff");
+        assert_eq!(
+            sampler("parentbased_always_off", ""),
+            "ParentBased(AlwaysOff)"
+        );
+    }
+
+    #[test]
+    fn resource_attributes_are_percent_decoded() {
+        let settings = read(&[("OTEL_RESOURCE_ATTRIBUTES", "team=a%2Cb%20c, zone = eu")]);
+        assert_eq!(
+            settings.resource,
+            [KeyValue::new("team", "a,b c"), KeyValue::new("zone", "eu")]
+        );
+    }
+}

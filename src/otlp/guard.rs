@@ -1,0 +1,221 @@
+//! The guard: owns the providers, and flushes all of them within one deadline.
+
+use std::fmt;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use opentelemetry_sdk::error::OTelSdkResult;
+
+use super::providers::Providers;
+use super::report::{Health, unreachable};
+
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Keeps telemetry going, and flushes it at the end.
+///
+/// Keep it until all streams are gone, then call [`shutdown`](Self::shutdown). Dropping it flushes as well,
+/// but blocks the thread meanwhile, up to its timeout.
+#[derive(Debug)]
+#[must_use = "dropped at once, it ends telemetry at once: keep it as long as the service runs"]
+pub struct Guard {
+    providers: Option<Providers>,
+    health: Arc<Health>,
+    place: String,
+    timeout: Duration,
+}
+
+impl Guard {
+    pub(super) fn new(providers: Providers, health: Arc<Health>, place: String) -> Self {
+        Self {
+            providers: Some(providers),
+            health,
+            place,
+            timeout: TIMEOUT,
+        }
+    }
+
+    /// How long a shutdown may take. Defaults to 5 s.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), fraiseql_stream::otlp::InitError> {
+    /// let telemetry = fraiseql_stream::otlp::init()?.with_timeout(std::time::Duration::from_secs(2));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    pub(super) fn providers(&self) -> Option<&Providers> {
+        self.providers.as_ref()
+    }
+
+    /// Flushes traces, metrics and logs, and ends them. Returns within the timeout, whatever the collector
+    /// does; works on every runtime, also on a current-thread one, and blocks none.
+    ///
+    /// # Errors
+    ///
+    /// If something was not delivered. It is in the log as well, so a program may ignore the error.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves the flush to end by itself.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), fraiseql_stream::otlp::InitError> {
+    /// let telemetry = fraiseql_stream::otlp::init()?;
+    /// // ... streams ...
+    /// telemetry.shutdown().await.ok(); // what was lost is in the log
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn shutdown(mut self) -> Result<(), ShutdownError> {
+        let (done, end) = tokio::sync::oneshot::channel();
+        if let Some(flush) = self.take() {
+            spawn("fraiseql-otlp-shutdown", move || {
+                // Nobody waits any more if the future was dropped.
+                let _ = done.send(flush.run());
+            });
+        } else {
+            return Ok(());
+        }
+        end.await.unwrap_or_else(|_| {
+            Err(ShutdownError::new(
+                "no thread could be started to flush telemetry",
+            ))
+        })
+    }
+
+    fn take(&mut self) -> Option<Flush> {
+        let providers = self.providers.take()?;
+        Some(Flush {
+            providers,
+            health: Arc::clone(&self.health),
+            place: self.place.clone(),
+            timeout: self.timeout,
+        })
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let Some(flush) = self.take() {
+            // What was lost is in the log.
+            let _ = flush.run();
+        }
+    }
+}
+
+struct Flush {
+    providers: Providers,
+    health: Arc<Health>,
+    place: String,
+    timeout: Duration,
+}
+
+impl Flush {
+    /// Blocks for at most the timeout. Each signal has a thread of its own: some of the SDK's calls know no
+    /// timeout, and one that hangs must not take the others with it.
+    fn run(mut self) -> Result<(), ShutdownError> {
+        let deadline = Instant::now() + self.timeout;
+        let (sent, results) = mpsc::channel();
+        let mut pending = Vec::new();
+        let mut flush = |signal: &'static str, work: Box<dyn FnOnce() -> OTelSdkResult + Send>| {
+            let sent = sent.clone();
+            pending.push(signal);
+            spawn("fraiseql-otlp-flush", move || {
+                // The receiver is gone only when the deadline has passed.
+                let _ = sent.send((signal, work()));
+            });
+        };
+        // Flushing first: a shutdown alone reports success even when its last export failed.
+        if let Some(tracer) = self.providers.tracer.take() {
+            flush(
+                "traces",
+                Box::new(move || tracer.force_flush().and(tracer.shutdown())),
+            );
+        }
+        if let Some(meter) = self.providers.meter.take() {
+            flush(
+                "metrics",
+                Box::new(move || meter.force_flush().and(meter.shutdown())),
+            );
+        }
+        if let Some(logger) = self.providers.logger.take() {
+            flush(
+                "logs",
+                Box::new(move || logger.force_flush().and(logger.shutdown())),
+            );
+        }
+        let mut lost = Vec::new();
+        while !pending.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let Ok((signal, result)) = results.recv_timeout(left) else {
+                break;
+            };
+            pending.retain(|other| *other != signal);
+            if result.is_err() {
+                lost.push(signal);
+            }
+        }
+        #[cfg(feature = "otlp-grpc")]
+        if let Some(runtime) = self.providers.runtime.take() {
+            runtime.shutdown_background();
+        }
+        self.conclude(&lost, &pending)
+    }
+
+    fn conclude(&self, lost: &[&str], late: &[&str]) -> Result<(), ShutdownError> {
+        let signals = [lost, late].concat().join(", ");
+        if signals.is_empty() {
+            return Ok(());
+        }
+        let why = if late.is_empty() {
+            unreachable(&self.place).unwrap_or_else(|| "the collector refused it".to_owned())
+        } else {
+            format!("no answer within {:.1} s", self.timeout.as_secs_f64())
+        };
+        let error = ShutdownError::new(format!(
+            "the last {signals} were not delivered to {}: {why}",
+            self.place
+        ));
+        if !self.health.is_failing() {
+            tracing::warn!("{error}");
+        }
+        Err(error)
+    }
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) {
+    // Without a thread the channel closes, and the waiting side says so.
+    let _ = std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(work);
+}
+
+/// Telemetry that could not be delivered at the end.
+///
+/// ```no_run
+/// # async fn example(telemetry: fraiseql_stream::otlp::Guard) {
+/// if let Err(error) = telemetry.shutdown().await {
+///     eprintln!("{error}"); // the last traces, metrics were not delivered to http://localhost:4318: ...
+/// }
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct ShutdownError(String);
+
+impl ShutdownError {
+    fn new(message: impl Into<String>) -> Self {
+        Self(message.into())
+    }
+}
+
+impl fmt::Display for ShutdownError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for ShutdownError {}

@@ -1,0 +1,290 @@
+//! Providers and exporters, as the settings ask for them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use opentelemetry_otlp::{
+    LogExporter, MetricExporter, SpanExporter, WithExportConfig, WithHttpConfig,
+};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::logs::{
+    BatchConfigBuilder as RecordBatch, BatchLogProcessor, SdkLoggerProvider,
+};
+use opentelemetry_sdk::metrics::{Instrument, PeriodicReader, SdkMeterProvider, Stream};
+use opentelemetry_sdk::trace::{
+    BatchConfigBuilder as SpanBatch, BatchSpanProcessor, SdkTracerProvider,
+};
+
+use super::InitError;
+use super::env::{Batch, Exporter, Protocol, Settings, Signal};
+use super::report::{Health, Reported};
+
+/// Series of one instrument: 1,000 entities times five states, and what the SDK keeps for overflow.
+const MOST_SERIES: usize = 5_010;
+/// Instruments with an attribute beside `entity`; the SDK's own limit of 2,000 would cut them.
+const WIDE: [&str; 5] = [
+    "fraiseql.stream.time",
+    "fraiseql.stream.rows",
+    "fraiseql.stream.ended",
+    "fraiseql.producer.time",
+    "fraiseql.chunk.adjustments",
+];
+
+/// Whatever the settings want; a signal that goes nowhere has no provider.
+#[derive(Debug, Default)]
+pub(super) struct Providers {
+    pub(super) tracer: Option<SdkTracerProvider>,
+    pub(super) meter: Option<SdkMeterProvider>,
+    pub(super) logger: Option<SdkLoggerProvider>,
+    /// Where gRPC runs: a runtime of its own, since on the service's it could not flush at shutdown.
+    #[cfg(feature = "otlp-grpc")]
+    pub(super) runtime: Option<tokio::runtime::Runtime>,
+}
+
+/// Makes the one exporter builder for a signal's protocol; the builders of the three signals share no type.
+macro_rules! exporter {
+    ($exporter:ident, $signal:expr, $transport:expr) => {{
+        let signal: &Signal = $signal;
+        let built = match signal.protocol {
+            Protocol::HttpProtobuf => {
+                let mut builder = $exporter::builder()
+                    .with_http()
+                    .with_protocol(opentelemetry_otlp::Protocol::HttpBinary)
+                    .with_timeout($transport.timeout)
+                    .with_http_client($transport.http()?);
+                if let Some(endpoint) = &signal.endpoint {
+                    builder = builder.with_endpoint(endpoint);
+                }
+                builder.build()
+            }
+            #[cfg(feature = "otlp-grpc")]
+            Protocol::Grpc => {
+                use opentelemetry_otlp::{
+                    WithTonicConfig, tonic_types::transport::ClientTlsConfig,
+                };
+                let _within = $transport.runtime()?;
+                let mut builder = $exporter::builder()
+                    .with_tonic()
+                    .with_timeout($transport.timeout);
+                if signal.place.starts_with("https://") {
+                    // Without this, TLS has no root certificates at all.
+                    builder = builder.with_tls_config(ClientTlsConfig::new().with_enabled_roots());
+                }
+                if let Some(endpoint) = &signal.endpoint {
+                    builder = builder.with_endpoint(endpoint);
+                }
+                builder.build()
+            }
+            #[cfg(not(feature = "otlp-grpc"))]
+            Protocol::Grpc => return Err(InitError::new("gRPC needs the cargo feature otlp-grpc")),
+        };
+        built.map_err(|error| {
+            InitError::new(format!(
+                "the exporter to {} can't be made: {error}",
+                signal.place
+            ))
+        })?
+    }};
+}
+
+/// What carries OTLP; made when the first exporter needs it.
+struct Transport<'a> {
+    timeout: Duration,
+    http: Option<reqwest::blocking::Client>,
+    #[cfg(feature = "otlp-grpc")]
+    runtime: &'a mut Option<tokio::runtime::Runtime>,
+    #[cfg(not(feature = "otlp-grpc"))]
+    _runtime: std::marker::PhantomData<&'a ()>,
+}
+
+impl Transport<'_> {
+    /// A blocking client: exports run on threads without a runtime. It must not be made on one that has.
+    fn http(&mut self) -> Result<reqwest::blocking::Client, InitError> {
+        if let Some(client) = &self.http {
+            return Ok(client.clone());
+        }
+        let timeout = self.timeout;
+        let build = move || {
+            reqwest::blocking::Client::builder()
+                .timeout(timeout)
+                .build()
+        };
+        let built = std::thread::spawn(build)
+            .join()
+            .map_err(|_| InitError::new("the HTTP client can't be made"))?;
+        let client = built
+            .map_err(|error| InitError::new(format!("the HTTP client can't be made: {error}")))?;
+        self.http = Some(client.clone());
+        Ok(client)
+    }
+
+    #[cfg(feature = "otlp-grpc")]
+    fn runtime(&mut self) -> Result<tokio::runtime::EnterGuard<'_>, InitError> {
+        if self.runtime.is_none() {
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(1)
+                .thread_name("fraiseql-otlp")
+                .enable_all()
+                .build();
+            *self.runtime = Some(
+                runtime.map_err(|error| InitError::new(format!("no thread for gRPC: {error}")))?,
+            );
+        }
+        self.runtime
+            .as_ref()
+            .map(tokio::runtime::Runtime::enter)
+            .ok_or_else(|| InitError::new("no runtime for gRPC"))
+    }
+}
+
+impl Providers {
+    pub(super) fn new(settings: &Settings, health: &Arc<Health>) -> Result<Self, InitError> {
+        let mut providers = Self::default();
+        let mut transport = Transport {
+            timeout: settings.timeout,
+            http: None,
+            #[cfg(feature = "otlp-grpc")]
+            runtime: &mut providers.runtime,
+            #[cfg(not(feature = "otlp-grpc"))]
+            _runtime: std::marker::PhantomData,
+        };
+        let resource = Resource::builder().with_attributes(settings.resource.clone());
+        let resource = match std::env::var("OTEL_SERVICE_NAME") {
+            // It wins over the attributes, which may name the service too.
+            Ok(name) if !name.is_empty() => resource.with_service_name(name),
+            _ => resource,
+        };
+        let resource = resource.build();
+        let tracer = tracer(settings, &mut transport, health, &resource)?;
+        let meter = meter(settings, &mut transport, health, &resource)?;
+        let logger = logger(settings, &mut transport, health, &resource)?;
+        (providers.tracer, providers.meter, providers.logger) = (tracer, meter, logger);
+        Ok(providers)
+    }
+}
+
+fn tracer(
+    settings: &Settings,
+    transport: &mut Transport<'_>,
+    health: &Arc<Health>,
+    resource: &Resource,
+) -> Result<Option<SdkTracerProvider>, InitError> {
+    let signal = &settings.traces;
+    let mut builder = SdkTracerProvider::builder()
+        .with_resource(resource.clone())
+        .with_sampler(settings.sampler.clone());
+    for exporter in &signal.exporters {
+        builder = match exporter {
+            Exporter::Console => {
+                builder.with_simple_exporter(opentelemetry_stdout::SpanExporter::default())
+            }
+            Exporter::Otlp => {
+                let exporter = Reported::new(
+                    exporter!(SpanExporter, signal, transport),
+                    &signal.place,
+                    health,
+                );
+                let Batch {
+                    queue,
+                    batch,
+                    delay,
+                } = settings.spans;
+                let bounds = SpanBatch::default()
+                    .with_max_queue_size(queue)
+                    .with_max_export_batch_size(batch)
+                    .with_scheduled_delay(delay);
+                builder.with_span_processor(
+                    BatchSpanProcessor::builder(exporter)
+                        .with_batch_config(bounds.build())
+                        .build(),
+                )
+            }
+        };
+    }
+    Ok((!signal.exporters.is_empty()).then(|| builder.build()))
+}
+
+fn meter(
+    settings: &Settings,
+    transport: &mut Transport<'_>,
+    health: &Arc<Health>,
+    resource: &Resource,
+) -> Result<Option<SdkMeterProvider>, InitError> {
+    let signal = &settings.metrics;
+    let wide = |instrument: &Instrument| {
+        let is_wide = WIDE.contains(&instrument.name());
+        is_wide
+            .then(|| {
+                Stream::builder()
+                    .with_cardinality_limit(MOST_SERIES)
+                    .build()
+                    .ok()
+            })
+            .flatten()
+    };
+    let mut builder = SdkMeterProvider::builder()
+        .with_resource(resource.clone())
+        .with_view(wide);
+    let interval = settings.metric_interval;
+    for exporter in &signal.exporters {
+        builder = match exporter {
+            Exporter::Console => builder.with_reader(
+                PeriodicReader::builder(opentelemetry_stdout::MetricExporter::default())
+                    .with_interval(interval)
+                    .build(),
+            ),
+            Exporter::Otlp => {
+                let exporter = Reported::new(
+                    exporter!(MetricExporter, signal, transport),
+                    &signal.place,
+                    health,
+                );
+                builder.with_reader(
+                    PeriodicReader::builder(exporter)
+                        .with_interval(interval)
+                        .build(),
+                )
+            }
+        };
+    }
+    Ok((!signal.exporters.is_empty()).then(|| builder.build()))
+}
+
+fn logger(
+    settings: &Settings,
+    transport: &mut Transport<'_>,
+    health: &Arc<Health>,
+    resource: &Resource,
+) -> Result<Option<SdkLoggerProvider>, InitError> {
+    let signal = &settings.logs;
+    let mut builder = SdkLoggerProvider::builder().with_resource(resource.clone());
+    for exporter in &signal.exporters {
+        builder = match exporter {
+            Exporter::Console => {
+                builder.with_simple_exporter(opentelemetry_stdout::LogExporter::default())
+            }
+            Exporter::Otlp => {
+                let exporter = Reported::new(
+                    exporter!(LogExporter, signal, transport),
+                    &signal.place,
+                    health,
+                );
+                let Batch {
+                    queue,
+                    batch,
+                    delay,
+                } = settings.records;
+                let bounds = RecordBatch::default()
+                    .with_max_queue_size(queue)
+                    .with_max_export_batch_size(batch)
+                    .with_scheduled_delay(delay);
+                builder.with_log_processor(
+                    BatchLogProcessor::builder(exporter)
+                        .with_batch_config(bounds.build())
+                        .build(),
+                )
+            }
+        };
+    }
+    Ok((!signal.exporters.is_empty()).then(|| builder.build()))
+}
