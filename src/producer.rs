@@ -120,3 +120,112 @@ impl<R: Payload> Cutter<R> {
         Some(chunk)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use futures::channel::mpsc;
+    use tokio_test::{assert_pending, assert_ready, task};
+
+    use super::*;
+    use crate::channel::{Receiver, Taken, bounded};
+    use crate::time::Clock;
+
+    const LIMITS: Limits = Limits {
+        rows: 8,
+        bytes: 80,
+        chunk_rows: 4,
+        chunk_bytes: 40,
+    };
+
+    fn channel() -> (Sender, Receiver) {
+        bounded(LIMITS, Clock::start())
+    }
+
+    fn row(text: &'static str) -> Result<Bytes, Error> {
+        Ok(Bytes::from_static(text.as_bytes()))
+    }
+
+    /// The sizes of the chunks that can be taken now, and whether the end was among them.
+    fn chunks(receiver: &mut Receiver) -> (Vec<usize>, bool) {
+        let mut sizes = Vec::new();
+        loop {
+            match receiver.try_take() {
+                Some(Taken::Chunk { chunk, .. }) => sizes.push(chunk.rows()),
+                Some(_) => return (sizes, true),
+                None => return (sizes, false),
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_cut_into_chunks_and_what_is_ready_does_not_wait() {
+        let (mut sender, mut receiver) = channel();
+        let (rows, source) = mpsc::unbounded();
+        let mut work = task::spawn(run(&mut sender, source));
+        for _ in 0..6 {
+            rows.unbounded_send(row("1")).unwrap();
+        }
+        assert_pending!(work.poll());
+        assert_eq!(chunks(&mut receiver), (vec![4, 2], false));
+        drop(rows);
+        assert!(matches!(assert_ready!(work.poll()), Ok(Ok(()))));
+    }
+
+    #[test]
+    fn a_full_channel_makes_the_source_wait() {
+        let (mut sender, mut receiver) = channel();
+        let source = futures::stream::iter((0..100).map(|_| row("1")));
+        let mut work = task::spawn(run(&mut sender, source));
+        assert_pending!(work.poll());
+        assert_eq!(receiver.gauge().rows(), 8, "full to the row");
+        assert_eq!(chunks(&mut receiver), (vec![4, 4], false));
+        assert!(work.is_woken());
+    }
+
+    #[test]
+    fn a_row_that_does_not_fit_waits_and_keeps_its_place() {
+        let (mut sender, mut receiver) = channel();
+        let source = futures::stream::iter([
+            row("1"),
+            row(
+                "22222222222222222222222222222222222222222222222222222222222222222222222222222222222222222",
+            ),
+            row("3"),
+        ]);
+        let mut work = task::spawn(run(&mut sender, source));
+        let mut seen = Vec::new();
+        for _ in 0..3 {
+            let _ = work.poll();
+            while let Some(Taken::Chunk { mut chunk, .. }) = receiver.try_take() {
+                while let Some(row) = chunk.next() {
+                    seen.push(row.as_bytes()[0]);
+                }
+            }
+        }
+        assert_eq!(seen, b"123");
+    }
+
+    #[test]
+    fn rows_before_an_error_are_sent_before_it() {
+        let (mut sender, mut receiver) = channel();
+        let source = futures::stream::iter([row("1"), row("2"), Err(Error::lost())]);
+        let mut work = task::spawn(run(&mut sender, source));
+        assert!(matches!(assert_ready!(work.poll()), Ok(Err(_))));
+        drop(work);
+        assert_eq!(chunks(&mut receiver).0, [2]);
+    }
+
+    #[test]
+    fn a_consumer_that_leaves_ends_the_work_also_while_the_source_is_silent() {
+        let (mut sender, receiver) = channel();
+        let mut work = task::spawn(run(
+            &mut sender,
+            futures::stream::pending::<Result<Bytes, Error>>(),
+        ));
+        assert_pending!(work.poll());
+        drop(receiver);
+        assert!(work.is_woken());
+        assert!(matches!(assert_ready!(work.poll()), Err(Closed)));
+    }
+}

@@ -382,6 +382,3 @@ impl RuntimeProbe {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;
