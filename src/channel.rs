@@ -17,10 +17,7 @@ use crate::time::{Clock, Consumer, Ledger, Producer};
 
 /// Makes a channel and what the two sides and all observers see of it.
 pub(crate) fn bounded(limits: Limits, clock: Clock) -> (Sender, Receiver) {
-    let shared = Arc::new(Shared {
-        gauge: Arc::new(Gauge::new(limits, clock)),
-        state: Mutex::default(),
-    });
+    let shared = Arc::new(Shared { gauge: Arc::new(Gauge::new(limits, clock)), state: Mutex::default() });
     (Sender(Arc::clone(&shared)), Receiver(shared))
 }
 
@@ -151,36 +148,21 @@ impl Sender {
     }
 
     /// Waits until a row of `bytes` fits. A row larger than the whole budget waits for an empty channel.
-    pub(crate) fn poll_room(
-        &mut self,
-        cx: &Context<'_>,
-        bytes: usize,
-    ) -> Poll<Result<Room, Closed>> {
-        let Limits {
-            rows: row_limit,
-            bytes: byte_limit,
-            ..
-        } = self.0.gauge.limits;
+    pub(crate) fn poll_room(&mut self, cx: &Context<'_>, bytes: usize) -> Poll<Result<Room, Closed>> {
+        let Limits { rows: row_limit, bytes: byte_limit, .. } = self.0.gauge.limits;
         let ledger = &self.0.gauge.ledger;
         let mut state = self.0.lock();
         if state.receiver_gone {
             return Poll::Ready(Err(Closed));
         }
-        let room = Room {
-            rows: row_limit - state.rows,
-            bytes: byte_limit.saturating_sub(state.bytes),
-        };
+        let room = Room { rows: row_limit - state.rows, bytes: byte_limit.saturating_sub(state.bytes) };
         let alone = state.chunks.is_empty();
         if alone || (room.rows > 0 && room.bytes >= bytes.max(1)) {
             if ledger.producer_is(Producer::Room) {
                 ledger.producer(Producer::Source, ledger.now());
             }
             return Poll::Ready(Ok(Room {
-                bytes: if alone {
-                    room.bytes.max(bytes)
-                } else {
-                    room.bytes
-                },
+                bytes: if alone { room.bytes.max(bytes) } else { room.bytes },
                 ..room
             }));
         }
@@ -204,9 +186,7 @@ impl Sender {
         state.chunks.push_back(chunk);
         gauge.set(&state);
         gauge.peak_bytes.fetch_max(state.bytes, Ordering::Relaxed);
-        gauge
-            .received_bytes
-            .fetch_add(bytes as u64, Ordering::Relaxed);
+        gauge.received_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         let consumer = self.0.arrived(&mut state);
         drop(state);
         wake(consumer);
@@ -242,11 +222,7 @@ impl Drop for Sender {
         let mut state = self.0.lock();
         state.sender_gone = true;
         ledger.end_producer(ledger.now());
-        let consumer = if state.end.is_none() {
-            self.0.arrived(&mut state)
-        } else {
-            None
-        };
+        let consumer = if state.end.is_none() { self.0.arrived(&mut state) } else { None };
         drop(state);
         wake(consumer);
     }
@@ -283,21 +259,17 @@ impl Receiver {
     pub(crate) fn poll_take(&mut self, cx: &Context<'_>) -> Poll<Taken> {
         let shared = Arc::clone(&self.0);
         let mut state = shared.lock();
-        match self.take(&mut state) {
-            Some((taken, producer)) => {
-                drop(state);
-                wake(producer);
-                Poll::Ready(taken)
+        let Some((taken, producer)) = self.take(&mut state) else {
+            let ledger = &shared.gauge.ledger;
+            if !ledger.consumer_is(Consumer::SourceWait) {
+                ledger.consumer(Consumer::SourceWait, ledger.now());
             }
-            None => {
-                let ledger = &shared.gauge.ledger;
-                if !ledger.consumer_is(Consumer::SourceWait) {
-                    ledger.consumer(Consumer::SourceWait, ledger.now());
-                }
-                register(&mut state.consumer, cx);
-                Poll::Pending
-            }
-        }
+            register(&mut state.consumer, cx);
+            return Poll::Pending;
+        };
+        drop(state);
+        wake(producer);
+        Poll::Ready(taken)
     }
 
     /// Takes what is there. Looking is not waiting: an empty channel changes no state.
@@ -364,10 +336,7 @@ impl Receiver {
             state.receiver_gone = true;
             return Some((end, state.producer.take()));
         };
-        let occupancy = Occupancy {
-            rows: state.rows,
-            bytes: state.bytes,
-        };
+        let occupancy = Occupancy { rows: state.rows, bytes: state.bytes };
         state.rows -= chunk.rows();
         state.bytes -= chunk.bytes();
         gauge.set(state);
@@ -376,22 +345,14 @@ impl Receiver {
             ledger.consumer(next, ledger.now());
         }
         state.consumer = None;
-        let producer = if ledger.producer_is(Producer::Room) {
-            state.producer.take()
-        } else {
-            None
-        };
+        let producer = if ledger.producer_is(Producer::Room) { state.producer.take() } else { None };
         Some((Taken::Chunk { chunk, occupancy }, producer))
     }
 }
 
 /// The consumer has rows in its hands: does anything wait behind them?
 fn busy(state: &State) -> Consumer {
-    if state.is_empty() {
-        Consumer::Overlap
-    } else {
-        Consumer::Backlog
-    }
+    if state.is_empty() { Consumer::Overlap } else { Consumer::Backlog }
 }
 
 impl Drop for Receiver {
@@ -409,12 +370,7 @@ mod tests {
     use crate::chunk;
     use crate::time::{Nanos, manual};
 
-    const LIMITS: Limits = Limits {
-        rows: 4,
-        bytes: 100,
-        chunk_rows: 2,
-        chunk_bytes: 50,
-    };
+    const LIMITS: Limits = Limits { rows: 4, bytes: 100, chunk_rows: 2, chunk_bytes: 50 };
 
     fn channel() -> (Sender, Receiver) {
         bounded(LIMITS, Clock::start())
@@ -441,27 +397,15 @@ mod tests {
     #[test]
     fn rows_and_bytes_are_bounded_at_once() {
         let (mut sender, mut receiver) = channel();
-        assert_eq!(
-            assert_ready_ok!(room!(sender, 0)),
-            Room {
-                rows: 4,
-                bytes: 100
-            }
-        );
+        assert_eq!(assert_ready_ok!(room!(sender, 0)), Room { rows: 4, bytes: 100 });
         sender.send(rows(2, 10));
-        assert_eq!(
-            assert_ready_ok!(room!(sender, 80)),
-            Room { rows: 2, bytes: 80 }
-        );
+        assert_eq!(assert_ready_ok!(room!(sender, 80)), Room { rows: 2, bytes: 80 });
         assert_pending!(room!(sender, 81));
         sender.send(rows(2, 1));
         assert_pending!(room!(sender, 1), "four rows are in it");
         assert_eq!((sender.gauge().rows(), sender.gauge().bytes()), (4, 22));
         assert_eq!(take(&mut receiver), (2, Occupancy { rows: 4, bytes: 22 }));
-        assert_eq!(
-            assert_ready_ok!(room!(sender, 1)),
-            Room { rows: 2, bytes: 98 }
-        );
+        assert_eq!(assert_ready_ok!(room!(sender, 1)), Room { rows: 2, bytes: 98 });
     }
 
     #[test]
@@ -543,24 +487,17 @@ mod tests {
     }
 
     /// Runs `script` with a clock moved by hand and gives what the ledger holds then, in milliseconds.
-    fn ledger(
-        script: impl FnOnce(&dyn Fn(Nanos), &mut Sender, &mut Receiver),
-    ) -> ([Nanos; 5], [Nanos; 2]) {
+    fn ledger(script: impl FnOnce(&dyn Fn(Nanos), &mut Sender, &mut Receiver)) -> ([Nanos; 5], [Nanos; 2]) {
         let (clock, hand) = manual();
         let (mut sender, mut receiver) = bounded(LIMITS, clock);
         let at = |ms: Nanos| hand.store(ms * 1_000_000, Ordering::Relaxed);
         script(&at, &mut sender, &mut receiver);
         let times = receiver.gauge().ledger.read();
-        (
-            times.consumer.map(|nanos| nanos / 1_000_000),
-            times.producer.map(|nanos| nanos / 1_000_000),
-        )
+        (times.consumer.map(|nanos| nanos / 1_000_000), times.producer.map(|nanos| nanos / 1_000_000))
     }
 
     fn poll_once(receiver: &mut Receiver) -> bool {
-        spawn(std::future::poll_fn(|cx| receiver.poll_take(cx)))
-            .poll()
-            .is_ready()
+        spawn(std::future::poll_fn(|cx| receiver.poll_take(cx))).poll().is_ready()
     }
 
     #[test]

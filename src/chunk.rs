@@ -50,11 +50,7 @@ impl Filling {
     }
 
     pub(crate) fn finish(self) -> Chunk {
-        Chunk {
-            data: Bytes::from(self.data),
-            ends: self.ends,
-            next: 0,
-        }
+        Chunk { data: Bytes::from(self.data), ends: self.ends, next: 0 }
     }
 }
 
@@ -85,11 +81,7 @@ impl Chunk {
             next => self.ends[next - 1],
         };
         self.next += 1;
-        Some(Row {
-            chunk: &self.data,
-            start,
-            end,
-        })
+        Some(Row { chunk: &self.data, start, end })
     }
 }
 
@@ -141,16 +133,10 @@ mod tests {
     fn rows_come_out_as_they_went_in() {
         let mut chunk = of(&[b"1", b"", b"[2, 3]"]);
         assert_eq!((chunk.rows(), chunk.bytes()), (3, 7));
-        assert_eq!(
-            chunk.next().map(|row| row.to_bytes()),
-            Some(Bytes::from_static(b"1"))
-        );
+        assert_eq!(chunk.next().map(|row| row.to_bytes()), Some(Bytes::from_static(b"1")));
         assert_eq!(chunk.next().map(|row| row.to_bytes()), Some(Bytes::new()));
         assert_eq!(chunk.rows(), 1);
-        assert_eq!(
-            chunk.next().map(|row| row.to_bytes()),
-            Some(Bytes::from_static(b"[2, 3]"))
-        );
+        assert_eq!(chunk.next().map(|row| row.to_bytes()), Some(Bytes::from_static(b"[2, 3]")));
         assert!(chunk.next().is_none());
     }
 }

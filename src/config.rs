@@ -27,14 +27,10 @@ impl Limits {
         let chunk_rows = chunk_size.unwrap_or(CHUNK_ROWS);
         let bytes = max_memory.unwrap_or(MEMORY);
         if chunk_rows == 0 {
-            return Err(Error::config(
-                "chunk_size is 0: a chunk holds at least 1 row",
-            ));
+            return Err(Error::config("chunk_size is 0: a chunk holds at least 1 row"));
         }
         if bytes == 0 {
-            return Err(Error::config(
-                "max_memory is 0: give the bytes that rows may take while they wait",
-            ));
+            return Err(Error::config("max_memory is 0: give the bytes that rows may take while they wait"));
         }
         Ok(Self {
             rows: chunk_rows.max(CHANNEL_ROWS),
@@ -51,15 +47,8 @@ mod tests {
 
     #[test]
     fn the_channel_keeps_the_scale_of_256_rows_whatever_the_chunk() {
-        let limits = |chunk| {
-            Limits::new(Some(chunk), None)
-                .map(|limits| limits.rows)
-                .unwrap()
-        };
-        assert_eq!(
-            (limits(1), limits(64), limits(256), limits(1000)),
-            (256, 256, 256, 1000)
-        );
+        let limits = |chunk| Limits::new(Some(chunk), None).map(|limits| limits.rows).unwrap();
+        assert_eq!((limits(1), limits(64), limits(256), limits(1000)), (256, 256, 256, 1000));
     }
 
     #[test]

@@ -52,31 +52,22 @@ mod sealed {
     use super::{DeserializeOwned, Error, RawJson, Row};
 
     pub trait FromRow: Sized {
-        #[expect(
-            private_interfaces,
-            reason = "the trait is sealed: nobody else calls this"
-        )]
+        #[expect(private_interfaces, reason = "the trait is sealed: nobody else calls this")]
         fn from_json(row: &Row<'_>, number: u64) -> Result<Self, Error>;
     }
 
     impl<T: DeserializeOwned> FromRow for T {
-        #[expect(
-            private_interfaces,
-            reason = "the trait is sealed: nobody else calls this"
-        )]
+        #[expect(private_interfaces, reason = "the trait is sealed: nobody else calls this")]
         fn from_json(row: &Row<'_>, number: u64) -> Result<Self, Error> {
             // Checked once as a whole: that costs a sixth less than serde_json's check string by string.
-            let text = std::str::from_utf8(row.as_bytes())
-                .map_err(|error| Error::decode(number, false, error))?;
+            let text =
+                std::str::from_utf8(row.as_bytes()).map_err(|error| Error::decode(number, false, error))?;
             serde_json::from_str(text).map_err(|error| Error::decode(number, row.is_null(), error))
         }
     }
 
     impl FromRow for RawJson {
-        #[expect(
-            private_interfaces,
-            reason = "the trait is sealed: nobody else calls this"
-        )]
+        #[expect(private_interfaces, reason = "the trait is sealed: nobody else calls this")]
         fn from_json(row: &Row<'_>, _: u64) -> Result<Self, Error> {
             Ok(Self(row.to_bytes()))
         }
@@ -126,10 +117,7 @@ impl Sampler {
         // The sample stands for all bytes since the one before.
         let spent = u128::from(end - start) * self.bytes as u128 / size as u128;
         ledger.decoded(u64::try_from(spent).unwrap_or(u64::MAX));
-        stream
-            .progress
-            .last_row
-            .store(end, std::sync::atomic::Ordering::Relaxed);
+        stream.progress.last_row.store(end, std::sync::atomic::Ordering::Relaxed);
         self.due = end.saturating_sub(self.at) / self.rows > Self::SLOW;
         (self.bytes, self.at, self.rows) = (0, end, 0);
         value

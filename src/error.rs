@@ -97,25 +97,16 @@ impl Error {
 
     /// The value of `error.type`: the SQLSTATE if there is one, else the kind.
     pub(crate) fn type_name(&self) -> &str {
-        self.sqlstate()
-            .map_or_else(|| self.kind().as_str(), SqlState::code)
+        self.sqlstate().map_or_else(|| self.kind().as_str(), SqlState::code)
     }
 
     fn db_error(&self) -> Option<&DbError> {
         let source = self.0.source.as_ref()?;
-        source
-            .downcast_ref::<tokio_postgres::Error>()?
-            .as_db_error()
+        source.downcast_ref::<tokio_postgres::Error>()?.as_db_error()
     }
 
     fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self(Box::new(Inner {
-            kind,
-            entity: None,
-            message: message.into(),
-            stats: None,
-            source: None,
-        }))
+        Self(Box::new(Inner { kind, entity: None, message: message.into(), stats: None, source: None }))
     }
 
     pub(crate) fn config(message: impl Into<String>) -> Self {
@@ -129,28 +120,17 @@ impl Error {
     }
 
     pub(crate) fn unreachable(place: impl fmt::Display, source: std::io::Error) -> Self {
-        Self::new(
-            ErrorKind::Connect,
-            format!("cannot connect to {place}: {source}"),
-        )
-        .with_source(source)
+        Self::new(ErrorKind::Connect, format!("cannot connect to {place}: {source}")).with_source(source)
     }
 
     pub(crate) fn query(source: tokio_postgres::Error) -> Self {
-        let kind = if ends_connection(&source) {
-            ErrorKind::Disconnected
-        } else {
-            ErrorKind::Query
-        };
+        let kind = if ends_connection(&source) { ErrorKind::Disconnected } else { ErrorKind::Query };
         Self::new(kind, describe(&source)).with_source(source)
     }
 
     /// The connection was given up after a cancel that did not come to an end.
     pub(crate) fn closed() -> Self {
-        Self::new(
-            ErrorKind::Disconnected,
-            "the connection is closed; connect again",
-        )
+        Self::new(ErrorKind::Disconnected, "the connection is closed; connect again")
     }
 
     pub(crate) fn decode(
@@ -158,16 +138,8 @@ impl Error {
         null: bool,
         source: impl std::error::Error + Send + Sync + 'static,
     ) -> Self {
-        let hint = if null {
-            " (data is null: stream Option<T> to accept it)"
-        } else {
-            ""
-        };
-        Self::new(
-            ErrorKind::Decode { row },
-            format!("row {row}: {source}{hint}"),
-        )
-        .with_source(source)
+        let hint = if null { " (data is null: stream Option<T> to accept it)" } else { "" };
+        Self::new(ErrorKind::Decode { row }, format!("row {row}: {source}{hint}")).with_source(source)
     }
 
     pub(crate) fn lost() -> Self {
@@ -217,9 +189,7 @@ pub(crate) fn describe(error: &tokio_postgres::Error) -> String {
             None => error.to_string(),
         };
     };
-    let more = |name, text: Option<&str>| {
-        text.map_or_else(String::new, |text| format!("; {name}: {text}"))
-    };
+    let more = |name, text: Option<&str>| text.map_or_else(String::new, |text| format!("; {name}: {text}"));
     let (detail, hint) = (more("detail", db.detail()), more("hint", db.hint()));
     format!("{} ({}){detail}{hint}", db.message(), db.code().code()).replace('\n', " ")
 }

@@ -52,41 +52,24 @@ struct Cutter<R> {
 
 impl<R: Payload> Cutter<R> {
     fn new(limits: Limits) -> Self {
-        Self {
-            limits,
-            room: Room { rows: 0, bytes: 0 },
-            filling: Filling::default(),
-            held: None,
-        }
+        Self { limits, room: Room { rows: 0, bytes: 0 }, filling: Filling::default(), held: None }
     }
 
     fn held_bytes(&self) -> usize {
-        self.held
-            .as_ref()
-            .and_then(|row| row.payload().ok())
-            .map_or(0, <[u8]>::len)
+        self.held.as_ref().and_then(|row| row.payload().ok()).map_or(0, <[u8]>::len)
     }
 
     /// Fills the chunk until it is full or the source has nothing ready; true at the end of the source.
-    fn poll_cut<S>(
-        &mut self,
-        cx: &mut Context<'_>,
-        mut source: Pin<&mut S>,
-    ) -> Poll<Result<bool, Error>>
+    fn poll_cut<S>(&mut self, cx: &mut Context<'_>, mut source: Pin<&mut S>) -> Poll<Result<bool, Error>>
     where
         S: Stream<Item = Result<R, Error>>,
     {
         if let Some(row) = self.held.take() {
             self.filling.push(row.payload()?);
         }
-        while !self.is_full() {
+        while self.held.is_none() && !self.is_full() {
             match source.as_mut().poll_next(cx) {
-                Poll::Ready(Some(row)) => {
-                    if let Some(row) = self.push(row?)? {
-                        self.held = Some(row);
-                        break;
-                    }
-                }
+                Poll::Ready(Some(row)) => self.held = self.push(row?)?,
                 Poll::Ready(None) => return Poll::Ready(Ok(true)),
                 // What is there must not wait for what is not.
                 Poll::Pending if self.filling.rows() > 0 => break,
@@ -131,12 +114,7 @@ mod tests {
     use crate::channel::{Receiver, Taken, bounded};
     use crate::time::Clock;
 
-    const LIMITS: Limits = Limits {
-        rows: 8,
-        bytes: 80,
-        chunk_rows: 4,
-        chunk_bytes: 40,
-    };
+    const LIMITS: Limits = Limits { rows: 8, bytes: 80, chunk_rows: 4, chunk_bytes: 40 };
 
     fn channel() -> (Sender, Receiver) {
         bounded(LIMITS, Clock::start())
@@ -188,9 +166,7 @@ mod tests {
         let (mut sender, mut receiver) = channel();
         let source = futures::stream::iter([
             row("1"),
-            row(
-                "22222222222222222222222222222222222222222222222222222222222222222222222222222222222222222",
-            ),
+            row("22222222222222222222222222222222222222222222222222222222222222222222222222222222222222222"),
             row("3"),
         ]);
         let mut work = task::spawn(run(&mut sender, source));
@@ -219,10 +195,7 @@ mod tests {
     #[test]
     fn a_consumer_that_leaves_ends_the_work_also_while_the_source_is_silent() {
         let (mut sender, receiver) = channel();
-        let mut work = task::spawn(run(
-            &mut sender,
-            futures::stream::pending::<Result<Bytes, Error>>(),
-        ));
+        let mut work = task::spawn(run(&mut sender, futures::stream::pending::<Result<Bytes, Error>>()));
         assert_pending!(work.poll());
         drop(receiver);
         assert!(work.is_woken());

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use tokio::sync::oneshot;
 use tokio_postgres::types::{ToSql, Type};
-use tracing::Span;
 
 use crate::channel::{Sender, bounded};
 use crate::config::Limits;
@@ -15,7 +14,7 @@ use crate::decode::FromJson;
 use crate::error::{Error, Result};
 use crate::postgres::{self, Cancelled, Lease, Sql, Value};
 use crate::producer;
-use crate::stats::{Observer, Progress};
+use crate::stats::Observer;
 use crate::stream::{JsonStream, Parts, Predicate};
 use crate::telemetry::{self, Recorder};
 use crate::time::Clock;
@@ -57,10 +56,7 @@ impl<'p, T: FromJson, C: BorrowMut<Connection>> Query<'p, T, C> {
     pub(crate) fn new(connection: C, entity: &str) -> Self {
         Self {
             connection,
-            sql: Sql {
-                entity: entity.to_owned(),
-                ..Sql::default()
-            },
+            sql: Sql { entity: entity.to_owned(), ..Sql::default() },
             values: Vec::new(),
             predicate: None,
             chunk_size: None,
@@ -140,63 +136,27 @@ impl<'p, T: FromJson, C: BorrowMut<Connection>> Query<'p, T, C> {
     /// Dropping the future cancels the query and leaves the connection clean.
     pub async fn stream(self) -> Result<JsonStream<T, C>> {
         let entity: Arc<str> = Arc::from(self.sql.entity.as_str());
-        self.start(&entity)
-            .await
-            .map_err(|error| error.of_entity(&entity))
+        self.start(&entity).await.map_err(|error| error.of_entity(&entity))
     }
 
     async fn start(self, entity: &Arc<str>) -> Result<JsonStream<T, C>> {
         let limits = Limits::new(self.chunk_size, self.max_memory)?;
         let text = self.sql.text()?;
-        let Connection {
-            session,
-            telemetry: told,
-        } = self.connection.borrow();
-        let lease = session.lease().await?;
+        let lease = self.connection.borrow().session.lease().await?;
 
         let (sender, receiver) = bounded(limits, Clock::start());
         let observer = Observer {
             entity: Arc::clone(entity),
             gauge: Arc::clone(receiver.gauge()),
-            progress: Arc::new(Progress::default()),
+            progress: Arc::default(),
         };
-        let summary = telemetry::summary(entity);
-        let namespace = namespace(
-            session.database(),
-            self.sql.schema().as_deref().or(session.schema()),
-        );
-        let about = telemetry::Query {
-            entity,
-            summary: &summary,
-            namespace: namespace.as_deref(),
-            address: &session.peer().address(),
-            port: Some(session.peer().port()).filter(|port| *port != 5432),
-            text: told.query_text.then_some(text.as_str()),
-        };
-        let span = telemetry::query_span(&about);
-        let mut stream = Parts {
-            recorder: Recorder::start(
-                &told.instruments,
-                observer.clone(),
-                span.clone(),
-                &about,
-                told.poll_spans,
-            ),
-            receiver,
-            predicate: self.predicate,
-            observer: observer.clone(),
-        };
+        let recorder = self.record(observer.clone(), &text);
+        let span = recorder.span().clone();
+        let mut parts = Parts { receiver, predicate: self.predicate, observer: observer.clone(), recorder };
 
         let (types, prepared) = oneshot::channel();
         let (bind, values) = oneshot::channel();
-        let work = produce(Task {
-            lease,
-            text,
-            sender,
-            types,
-            values,
-            span: span.clone(),
-        });
+        let work = produce(Task { lease: lease.below(&span), text, sender, types, values });
         tokio::spawn(async move {
             tokio::select! {
                 biased;
@@ -204,22 +164,33 @@ impl<'p, T: FromJson, C: BorrowMut<Connection>> Query<'p, T, C> {
                 () = telemetry::heartbeat(observer, span) => {}
             }
         });
-        let bound = match prepared.await {
-            Ok(Ok(types)) => postgres::encode(&self.values, &types),
-            Ok(Err(error)) => Err(error),
-            Err(_) => Err(Error::lost()),
-        };
-        match bound {
+        let prepared = prepared.await.unwrap_or_else(|_| Err(Error::lost()));
+        match prepared.and_then(|types| postgres::encode(&self.values, &types)) {
             Ok(values) => {
                 // If nobody takes them, the stream's first item says why.
                 let _ = bind.send(values);
-                Ok(JsonStream::new(stream, self.connection))
+                Ok(JsonStream::new(parts, self.connection))
             }
             Err(error) => {
-                stream.recorder.ended(Some(Err(&error)));
+                parts.recorder.ended(Some(Err(&error)));
                 Err(error)
             }
         }
+    }
+
+    /// Opens the query span and all else that tells of the stream.
+    fn record(&self, stream: Observer, text: &str) -> Recorder {
+        let Connection { session, telemetry } = self.connection.borrow();
+        let (schema, peer) = (self.sql.schema(), session.peer());
+        let about = telemetry::Query {
+            entity: &self.sql.entity,
+            summary: &format!("SELECT {}", self.sql.entity),
+            namespace: namespace(session.database(), schema.as_deref().or_else(|| session.schema())),
+            address: &peer.address(),
+            port: Some(peer.port()).filter(|port| *port != 5432),
+            text: telemetry.query_text.then_some(text),
+        };
+        Recorder::start(&telemetry.instruments, stream, &about, telemetry.poll_spans)
     }
 }
 
@@ -251,22 +222,15 @@ struct Task {
     types: oneshot::Sender<Result<Vec<Type>>>,
     /// Gives the values for them.
     values: oneshot::Receiver<Vec<Value>>,
-    span: Span,
 }
 
 /// Runs a query from its text to its last row, and cleans up behind it when the consumer leaves.
 async fn produce(task: Task) {
-    let Task {
-        lease,
-        text,
-        mut sender,
-        types,
-        values,
-        span,
-    } = task;
-    let statement = match lease.prepare(&text, gone(&mut sender), &span).await {
+    let Task { lease, text, mut sender, types, values } = task;
+    let statement = match lease.prepare(&text, gone(&mut sender)).await {
         Ok(Ok(statement)) => statement,
         Ok(Err(error)) => {
+            // Where nobody waits for it, nobody wants the query.
             let _ = types.send(Err(error));
             return;
         }
@@ -274,10 +238,7 @@ async fn produce(task: Task) {
     };
     let _ = types.send(Ok(statement.params().to_vec()));
     let Ok(values) = values.await else { return };
-    let mut rows = match lease
-        .query(&statement, values, gone(&mut sender), &span)
-        .await
-    {
+    let mut rows = match lease.query(&statement, values, gone(&mut sender)).await {
         Ok(Ok(rows)) => rows,
         Ok(Err(error)) => return sender.finish(Err(error)),
         Err(Cancelled) => return,
@@ -288,7 +249,7 @@ async fn produce(task: Task) {
             sender.finish(Err(lease.explain(error).await));
             lease.finish(rows).await;
         }
-        Err(_) => lease.cancel(rows, &span).await,
+        Err(_) => lease.cancel(rows).await,
     }
     // The lease ends here, with the statement closed behind the query.
     drop((statement, lease));

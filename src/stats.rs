@@ -118,11 +118,7 @@ impl Shares {
         ];
         sides.sort_by(|a, b| b.0.total_cmp(&a.0));
         let [(largest, verdict), (next, _), _] = sides;
-        if largest > 0.1 && largest >= 2.0 * next {
-            verdict
-        } else {
-            Verdict::Balanced
-        }
+        if largest > 0.1 && largest >= 2.0 * next { verdict } else { Verdict::Balanced }
     }
 
     /// The share that the verdict rests on; for `Balanced` the time in which nobody waited.
@@ -290,11 +286,7 @@ struct Seconds(Duration);
 impl fmt::Display for Seconds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let seconds = self.0.as_secs_f64();
-        if seconds < 1.0 {
-            write!(f, "{:.0} ms", seconds * 1e3)
-        } else {
-            write!(f, "{seconds:.1} s")
-        }
+        if seconds < 1.0 { write!(f, "{:.0} ms", seconds * 1e3) } else { write!(f, "{seconds:.1} s") }
     }
 }
 
@@ -393,10 +385,7 @@ impl StreamTime {
 }
 
 fn since(now: &Times, then: &Times) -> Times {
-    Times {
-        consumer: std::array::from_fn(|i| now.consumer[i].saturating_sub(then.consumer[i])),
-        ..*now
-    }
+    Times { consumer: std::array::from_fn(|i| now.consumer[i].saturating_sub(then.consumer[i])), ..*now }
 }
 
 #[cfg(test)]
@@ -405,13 +394,7 @@ mod tests {
 
     fn verdict(backlog: f64, source_wait: f64, scheduled: f64) -> Verdict {
         let overlap = 1.0 - backlog - source_wait - scheduled;
-        Shares {
-            backlog,
-            source_wait,
-            scheduled,
-            overlap,
-        }
-        .verdict()
+        Shares { backlog, source_wait, scheduled, overlap }.verdict()
     }
 
     #[test]

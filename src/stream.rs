@@ -121,10 +121,8 @@ impl<T: FromJson, C> JsonStream<T, C> {
             if self.ended {
                 return None;
             }
-            let polled = self.now();
-            self.recorder.polled(polled);
-            self.polled = Some(polled);
             let taken = self.receiver.try_take()?;
+            self.polling();
             if let Some(error) = self.accept(taken) {
                 return Some(Err(error));
             }
@@ -172,17 +170,22 @@ impl<T: FromJson, C> JsonStream<T, C> {
     }
 
     fn poll_take(&mut self, cx: &mut Context<'_>) -> Poll<Taken> {
-        if self.polled.is_none() {
-            let now = self.now();
-            self.recorder.polled(now);
-            self.polled = Some(now);
-        }
+        self.polling();
         let taken = self.receiver.poll_take(cx);
         match taken {
             Poll::Ready(_) => self.runtime.reset(),
             Poll::Pending => self.runtime.watch(cx, &mut self.receiver),
         }
         taken
+    }
+
+    /// A poll begins that the chunk in hand cannot serve, unless one goes on already.
+    fn polling(&mut self) {
+        if self.polled.is_none() {
+            let now = self.now();
+            self.recorder.polled(now);
+            self.polled = Some(now);
+        }
     }
 
     /// Makes what was taken the chunk in hand; an error ends the stream.
@@ -196,12 +199,8 @@ impl<T: FromJson, C> JsonStream<T, C> {
             Taken::Lost => Err(Error::lost()),
         };
         self.ended = true;
-        let end = end.map_err(|error| {
-            error
-                .of_entity(&self.observer.entity)
-                .with_stats(self.stats())
-        });
-        self.recorder.ended(Some(end.as_ref().map(|()| ())));
+        let end = end.map_err(|error| error.of_entity(&self.observer.entity).with_stats(self.stats()));
+        self.recorder.ended(Some(end.as_ref().copied()));
         end.err()
     }
 
@@ -216,10 +215,7 @@ impl<T: FromJson, C> JsonStream<T, C> {
             polled,
         };
         self.recorder.taken(now, &batch);
-        self.observer
-            .progress
-            .last_row
-            .store(now, Ordering::Relaxed);
+        self.observer.progress.last_row.store(now, Ordering::Relaxed);
         self.sampler.begin(now);
         self.chunk = chunk;
     }
@@ -230,13 +226,11 @@ impl<T: FromJson, C> JsonStream<T, C> {
             let row = self.chunk.next()?;
             let number = self.row;
             self.row += 1;
-            let value = self
-                .sampler
-                .decode(&self.observer, &row, |row| T::from_json(row, number));
+            let value = self.sampler.decode(&self.observer, &row, |row| T::from_json(row, number));
             let progress = &self.observer.progress;
             match value {
                 Ok(value) if self.predicate.as_mut().is_some_and(|keep| !keep(&value)) => {
-                    Progress::count(&progress.filtered)
+                    Progress::count(&progress.filtered);
                 }
                 Ok(value) => {
                     Progress::count(&progress.yielded);
@@ -333,9 +327,7 @@ impl<T, C: Unpin> Unpin for JsonStream<T, C> {}
 
 impl<T, C> fmt::Debug for JsonStream<T, C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("JsonStream")
-            .field("stats", &self.stats())
-            .finish_non_exhaustive()
+        f.debug_struct("JsonStream").field("stats", &self.stats()).finish_non_exhaustive()
     }
 }
 
@@ -353,11 +345,7 @@ impl RuntimeProbe {
     const LAST: Duration = Duration::from_secs(1);
 
     fn new() -> Self {
-        Self {
-            timer: Box::pin(tokio::time::sleep(Self::FIRST)),
-            period: Self::FIRST,
-            armed: false,
-        }
+        Self { timer: Box::pin(tokio::time::sleep(Self::FIRST)), period: Self::FIRST, armed: false }
     }
 
     /// Rows came. A timer that is still running is left to the next wait: setting one costs more.
@@ -374,11 +362,7 @@ impl RuntimeProbe {
         }
         if !self.armed {
             self.armed = true;
-            receiver.expect_timer(
-                self.timer
-                    .deadline()
-                    .saturating_duration_since(Instant::now()),
-            );
+            receiver.expect_timer(self.timer.deadline().saturating_duration_since(Instant::now()));
         }
     }
 }

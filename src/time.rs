@@ -97,10 +97,7 @@ impl<const N: usize> Partition<N> {
 
 /// Adds to a counter that has one writer at a time: cheaper than an atomic addition.
 fn add(counter: &AtomicU64, value: u64) {
-    counter.store(
-        counter.load(Ordering::Relaxed).wrapping_add(value),
-        Ordering::Relaxed,
-    );
+    counter.store(counter.load(Ordering::Relaxed).wrapping_add(value), Ordering::Relaxed);
 }
 
 /// Sums at one moment of the consumer's half, for the sliding window.
@@ -260,10 +257,7 @@ impl Ledger {
         if !self.consumer.is(Consumer::SourceWait as usize) {
             return 0;
         }
-        let due = self
-            .timer_due
-            .load(Ordering::Relaxed)
-            .saturating_add(TIMER_GRACE);
+        let due = self.timer_due.load(Ordering::Relaxed).saturating_add(TIMER_GRACE);
         let since = self.consumer.since.load(Ordering::Relaxed);
         now.saturating_sub(due.max(since))
     }
@@ -271,8 +265,7 @@ impl Ledger {
     fn split_late_wait(&self, now: Nanos) {
         let late = self.late(now);
         if late > 0 {
-            self.consumer
-                .enter(Consumer::Scheduled as usize, now - late);
+            self.consumer.enter(Consumer::Scheduled as usize, now - late);
             self.consumer.enter(Consumer::SourceWait as usize, now);
         }
         self.timer_due.store(Nanos::MAX, Ordering::Relaxed);
@@ -315,12 +308,10 @@ impl Ledger {
 
     fn write(&self, change: impl FnOnce()) {
         let version = self.version.load(Ordering::Relaxed);
-        self.version
-            .store(version.wrapping_add(1), Ordering::Relaxed);
+        self.version.store(version.wrapping_add(1), Ordering::Relaxed);
         fence(Ordering::Release);
         change();
-        self.version
-            .store(version.wrapping_add(2), Ordering::Release);
+        self.version.store(version.wrapping_add(2), Ordering::Release);
     }
 
     /// Reads again while a writer was in between. A writer holds the version for some nanoseconds; one that
@@ -346,11 +337,7 @@ fn between(before: &Times, after: &Times, then: Nanos) -> Times {
         let grown = u128::from(after.consumer[i].saturating_sub(before.consumer[i]));
         before.consumer[i] + u64::try_from(grown * part / span).unwrap_or(u64::MAX)
     });
-    Times {
-        at: then,
-        consumer,
-        ..Times::default()
-    }
+    Times { at: then, consumer, ..Times::default() }
 }
 
 #[cfg(test)]
@@ -432,10 +419,7 @@ mod tests {
         }
         hand.store(90 * S, Ordering::Relaxed);
         let (now, then) = (ledger.read(), ledger.read_window_start());
-        assert_eq!(
-            now.of(Consumer::Backlog) - then.of(Consumer::Backlog),
-            10 * S
-        );
+        assert_eq!(now.of(Consumer::Backlog) - then.of(Consumer::Backlog), 10 * S);
         assert_eq!(now.of(Consumer::SourceWait), then.of(Consumer::SourceWait));
     }
 
@@ -447,10 +431,7 @@ mod tests {
         ledger.consumer(Consumer::SourceWait, 5 * S);
         hand.store(500 * S, Ordering::Relaxed);
         let (now, then) = (ledger.read(), ledger.read_window_start());
-        assert_eq!(
-            now.of(Consumer::SourceWait) - then.of(Consumer::SourceWait),
-            10 * S
-        );
+        assert_eq!(now.of(Consumer::SourceWait) - then.of(Consumer::SourceWait), 10 * S);
         assert_eq!(now.of(Consumer::Backlog), then.of(Consumer::Backlog));
     }
 }

@@ -55,7 +55,7 @@ pub(super) enum Protocol {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Batch {
     pub(super) queue: usize,
-    pub(super) batch: usize,
+    pub(super) most: usize,
     pub(super) delay: Duration,
 }
 
@@ -73,10 +73,7 @@ impl Settings {
 
     /// Reads from any source of variables.
     pub(super) fn read(lookup: Lookup<'_>) -> Self {
-        let mut env = Reader {
-            lookup,
-            warnings: Vec::new(),
-        };
+        let mut env = Reader { lookup, warnings: Vec::new() };
         Self {
             disabled: env.flag("OTEL_SDK_DISABLED"),
             traces: env.signal("TRACES"),
@@ -85,9 +82,7 @@ impl Settings {
             sampler: env.sampler(),
             spans: env.batch("BSP", Duration::from_secs(5)),
             records: env.batch("BLRP", Duration::from_secs(1)),
-            metric_interval: Duration::from_millis(
-                env.positive("OTEL_METRIC_EXPORT_INTERVAL", 60_000),
-            ),
+            metric_interval: Duration::from_millis(env.positive("OTEL_METRIC_EXPORT_INTERVAL", 60_000)),
             timeout: Duration::from_millis(env.positive("OTEL_EXPORTER_OTLP_TIMEOUT", 10_000)),
             resource: env.resource(),
             warnings: env.warnings,
@@ -97,15 +92,11 @@ impl Settings {
 
 impl Reader<'_> {
     fn get(&self, name: &str) -> Option<String> {
-        (self.lookup)(name)
-            .map(|value| value.trim().to_owned())
-            .filter(|value| !value.is_empty())
+        (self.lookup)(name).map(|value| value.trim().to_owned()).filter(|value| !value.is_empty())
     }
 
     fn refuse(&mut self, name: &str, value: &str, instead: impl Display) {
-        self.warnings.push(format!(
-            "{name}={value:?} makes no sense here: using {instead}"
-        ));
+        self.warnings.push(format!("{name}={value:?} makes no sense here: using {instead}"));
     }
 
     /// Only `true` is true.
@@ -119,22 +110,14 @@ impl Reader<'_> {
         value.eq_ignore_ascii_case("true")
     }
 
-    fn positive<N: FromStr + PartialOrd + From<u8> + Display + Copy>(
-        &mut self,
-        name: &str,
-        default: N,
-    ) -> N {
+    fn positive<N: FromStr + PartialOrd + From<u8> + Display + Copy>(&mut self, name: &str, default: N) -> N {
         let Some(value) = self.get(name) else {
             return default;
         };
         match value.parse() {
             Ok(number) if number > N::from(0) => number,
             _ => {
-                self.refuse(
-                    name,
-                    &value,
-                    format_args!("{default} (a whole number above 0 is wanted)"),
-                );
+                self.refuse(name, &value, format_args!("{default} (a whole number above 0 is wanted)"));
                 default
             }
         }
@@ -142,25 +125,16 @@ impl Reader<'_> {
 
     fn batch(&mut self, kind: &str, delay: Duration) -> Batch {
         let queue = self.positive(&format!("OTEL_{kind}_MAX_QUEUE_SIZE"), 2_048);
-        let batch = self.positive(&format!("OTEL_{kind}_MAX_EXPORT_BATCH_SIZE"), 512_usize);
+        let most = self.positive(&format!("OTEL_{kind}_MAX_EXPORT_BATCH_SIZE"), 512_usize);
         let delay = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
         let delay = self.positive(&format!("OTEL_{kind}_SCHEDULE_DELAY"), delay);
-        Batch {
-            queue,
-            batch: batch.min(queue),
-            delay: Duration::from_millis(delay),
-        }
+        Batch { queue, most: most.min(queue), delay: Duration::from_millis(delay) }
     }
 
     fn signal(&mut self, signal: &str) -> Signal {
         let protocol = self.protocol(signal);
         let (endpoint, place) = self.endpoint(signal, protocol);
-        Signal {
-            exporters: self.exporters(signal),
-            protocol,
-            endpoint,
-            place,
-        }
+        Signal { exporters: self.exporters(signal), protocol, endpoint, place }
     }
 
     fn exporters(&mut self, signal: &str) -> Vec<Exporter> {
@@ -169,10 +143,7 @@ impl Reader<'_> {
             return vec![Exporter::Otlp];
         };
         let mut exporters = Vec::new();
-        for word in value
-            .split(',')
-            .map(|word| word.trim().to_ascii_lowercase())
-        {
+        for word in value.split(',').map(|word| word.trim().to_ascii_lowercase()) {
             match word.as_str() {
                 "otlp" => exporters.push(Exporter::Otlp),
                 "console" => exporters.push(Exporter::Console),
@@ -188,11 +159,7 @@ impl Reader<'_> {
 
     fn protocol(&mut self, signal: &str) -> Protocol {
         let own = format!("OTEL_EXPORTER_OTLP_{signal}_PROTOCOL");
-        let name = if self.get(&own).is_some() {
-            own.as_str()
-        } else {
-            "OTEL_EXPORTER_OTLP_PROTOCOL"
-        };
+        let name = if self.get(&own).is_some() { own.as_str() } else { "OTEL_EXPORTER_OTLP_PROTOCOL" };
         let Some(value) = self.get(name) else {
             return Protocol::default();
         };
@@ -200,19 +167,11 @@ impl Reader<'_> {
             "http/protobuf" => Protocol::HttpProtobuf,
             "grpc" if cfg!(feature = "otlp-grpc") => Protocol::Grpc,
             "grpc" => {
-                self.refuse(
-                    name,
-                    &value,
-                    "http/protobuf (gRPC needs the cargo feature otlp-grpc)",
-                );
+                self.refuse(name, &value, "http/protobuf (gRPC needs the cargo feature otlp-grpc)");
                 Protocol::HttpProtobuf
             }
             _ => {
-                self.refuse(
-                    name,
-                    &value,
-                    "http/protobuf (one of http/protobuf, grpc is wanted)",
-                );
+                self.refuse(name, &value, "http/protobuf (one of http/protobuf, grpc is wanted)");
                 Protocol::HttpProtobuf
             }
         }
@@ -225,34 +184,18 @@ impl Reader<'_> {
             Protocol::Grpc => "http://localhost:4317",
         };
         let own = format!("OTEL_EXPORTER_OTLP_{signal}_ENDPOINT");
-        let name = if self.get(&own).is_some() {
-            own.as_str()
-        } else {
-            "OTEL_EXPORTER_OTLP_ENDPOINT"
-        };
+        let name = if self.get(&own).is_some() { own.as_str() } else { "OTEL_EXPORTER_OTLP_ENDPOINT" };
         let Some(value) = self.get(name) else {
             return (None, default.to_owned());
         };
-        let url = Url::parse(&value)
-            .ok()
-            .filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
+        let url =
+            Url::parse(&value).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
         if let Some(url) = url {
             // Without user and password, if someone put them there.
-            let port = url
-                .port()
-                .map_or_else(String::new, |port| format!(":{port}"));
-            return (
-                None,
-                format!(
-                    "{}://{}{port}",
-                    url.scheme(),
-                    url.host_str().unwrap_or_default()
-                ),
-            );
+            let port = url.port().map_or_else(String::new, |port| format!(":{port}"));
+            return (None, format!("{}://{}{port}", url.scheme(), url.host_str().unwrap_or_default()));
         }
-        self.warnings.push(format!(
-            "{name} is no URL such as http://localhost:4318: using {default}"
-        ));
+        self.warnings.push(format!("{name} is no URL such as http://localhost:4318: using {default}"));
         let path = match protocol {
             Protocol::HttpProtobuf => format!("/v1/{}", signal.to_ascii_lowercase()),
             Protocol::Grpc => String::new(),
@@ -310,7 +253,11 @@ impl Reader<'_> {
         let pairs = value.split(',').filter(|pair| !pair.trim().is_empty());
         let attributes: Option<Vec<_>> = pairs.map(pair).collect();
         attributes.unwrap_or_else(|| {
-            self.refuse(name, &value, "none of it (key=value,key=value is wanted, with , and = inside values as %2C and %3D)");
+            self.refuse(
+                name,
+                &value,
+                "none of it (key=value,key=value is wanted, with , and = inside values as %2C and %3D)",
+            );
             Vec::new()
         })
     }
@@ -336,30 +283,17 @@ mod tests {
 
     fn read(variables: &[(&str, &str)]) -> Settings {
         Settings::read(&|name| {
-            variables
-                .iter()
-                .find(|(key, _)| *key == name)
-                .map(|(_, value)| (*value).to_owned())
+            variables.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned())
         })
     }
 
     #[test]
     fn nothing_set_means_the_defaults_of_the_specification() {
-        let settings = read(&[
-            ("OTEL_TRACES_EXPORTER", ""),
-            ("OTEL_BSP_MAX_QUEUE_SIZE", " "),
-        ]);
+        let settings = read(&[("OTEL_TRACES_EXPORTER", ""), ("OTEL_BSP_MAX_QUEUE_SIZE", " ")]);
         assert!(!settings.disabled && settings.warnings.is_empty());
         assert_eq!(settings.traces.exporters, [Exporter::Otlp]);
         assert_eq!(settings.logs.protocol, Protocol::HttpProtobuf);
-        assert_eq!(
-            settings.spans,
-            Batch {
-                queue: 2_048,
-                batch: 512,
-                delay: Duration::from_secs(5)
-            }
-        );
+        assert_eq!(settings.spans, Batch { queue: 2_048, most: 512, delay: Duration::from_secs(5) });
         assert_eq!(settings.records.delay, Duration::from_secs(1));
         assert_eq!(settings.metric_interval, Duration::from_mins(1));
         assert!(matches!(settings.sampler, Sampler::ParentBased(_)));
@@ -372,21 +306,12 @@ mod tests {
             ("OTEL_LOGS_EXPORTER", "none"),
             ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),
             ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "GRPC"),
-            (
-                "OTEL_EXPORTER_OTLP_ENDPOINT",
-                "http://user:secret@collector:4318",
-            ),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://user:secret@collector:4318"),
         ]);
-        assert_eq!(
-            settings.metrics.exporters,
-            [Exporter::Console, Exporter::Otlp]
-        );
+        assert_eq!(settings.metrics.exporters, [Exporter::Console, Exporter::Otlp]);
         assert!(settings.logs.exporters.is_empty());
         assert_eq!(settings.metrics.protocol, Protocol::HttpProtobuf);
-        assert_eq!(
-            settings.traces.protocol == Protocol::Grpc,
-            cfg!(feature = "otlp-grpc")
-        );
+        assert_eq!(settings.traces.protocol == Protocol::Grpc, cfg!(feature = "otlp-grpc"));
         assert_eq!(settings.metrics.place, "http://collector:4318");
     }
 
@@ -405,11 +330,7 @@ mod tests {
             ("OTEL_RESOURCE_ATTRIBUTES", "team=a%zz"),
         ] {
             let settings = read(&[(name, value)]);
-            let told: Vec<_> = settings
-                .warnings
-                .iter()
-                .filter(|warning| warning.contains(name))
-                .collect();
+            let told: Vec<_> = settings.warnings.iter().filter(|warning| warning.contains(name)).collect();
             assert!(!told.is_empty(), "{name}");
             assert!(!settings.disabled && settings.traces.exporters == [Exporter::Otlp]);
             assert_eq!(settings.spans, read(&[]).spans);
@@ -425,28 +346,18 @@ mod tests {
         let sampler = |value, ratio| {
             format!(
                 "{:?}",
-                read(&[
-                    ("OTEL_TRACES_SAMPLER", value),
-                    ("OTEL_TRACES_SAMPLER_ARG", ratio)
-                ])
-                .sampler
+                read(&[("OTEL_TRACES_SAMPLER", value), ("OTEL_TRACES_SAMPLER_ARG", ratio)]).sampler
             )
         };
         assert_eq!(sampler("TraceIdRatio", "0.25"), "TraceIdRatioBased(0.25)");
         assert_eq!(sampler("traceidratio", "7"), "TraceIdRatioBased(1.0)");
         assert_eq!(sampler("always_off", ""), "AlwaysOff");
-        assert_eq!(
-            sampler("parentbased_always_off", ""),
-            "ParentBased(AlwaysOff)"
-        );
+        assert_eq!(sampler("parentbased_always_off", ""), "ParentBased(AlwaysOff)");
     }
 
     #[test]
     fn resource_attributes_are_percent_decoded() {
         let settings = read(&[("OTEL_RESOURCE_ATTRIBUTES", "team=a%2Cb%20c, zone = eu")]);
-        assert_eq!(
-            settings.resource,
-            [KeyValue::new("team", "a,b c"), KeyValue::new("zone", "eu")]
-        );
+        assert_eq!(settings.resource, [KeyValue::new("team", "a,b c"), KeyValue::new("zone", "eu")]);
     }
 }

@@ -26,12 +26,7 @@ pub struct Guard {
 
 impl Guard {
     pub(super) fn new(providers: Providers, health: Arc<Health>, place: String) -> Self {
-        Self {
-            providers: Some(providers),
-            health,
-            place,
-            timeout: TIMEOUT,
-        }
+        Self { providers: Some(providers), health, place, timeout: TIMEOUT }
     }
 
     /// How long a shutdown may take. Defaults to 5 s.
@@ -80,11 +75,7 @@ impl Guard {
         } else {
             return Ok(());
         }
-        end.await.unwrap_or_else(|_| {
-            Err(ShutdownError::new(
-                "no thread could be started to flush telemetry",
-            ))
-        })
+        end.await.unwrap_or_else(|_| Err(ShutdownError::new("no thread could be started to flush telemetry")))
     }
 
     fn take(&mut self) -> Option<Flush> {
@@ -129,24 +120,16 @@ impl Flush {
                 let _ = sent.send((signal, work()));
             });
         };
-        // Flushing first: a shutdown alone reports success even when its last export failed.
+        // Flushing first: a shutdown alone reports success even when its last export failed. Where flushing
+        // fails, dropping the provider shuts it down.
         if let Some(tracer) = self.providers.tracer.take() {
-            flush(
-                "traces",
-                Box::new(move || tracer.force_flush().and(tracer.shutdown())),
-            );
+            flush("traces", Box::new(move || tracer.force_flush().and_then(|()| tracer.shutdown())));
         }
         if let Some(meter) = self.providers.meter.take() {
-            flush(
-                "metrics",
-                Box::new(move || meter.force_flush().and(meter.shutdown())),
-            );
+            flush("metrics", Box::new(move || meter.force_flush().and_then(|()| meter.shutdown())));
         }
         if let Some(logger) = self.providers.logger.take() {
-            flush(
-                "logs",
-                Box::new(move || logger.force_flush().and(logger.shutdown())),
-            );
+            flush("logs", Box::new(move || logger.force_flush().and_then(|()| logger.shutdown())));
         }
         let mut lost = Vec::new();
         while !pending.is_empty() {
@@ -176,10 +159,8 @@ impl Flush {
         } else {
             format!("no answer within {:.1} s", self.timeout.as_secs_f64())
         };
-        let error = ShutdownError::new(format!(
-            "the last {signals} were not delivered to {}: {why}",
-            self.place
-        ));
+        let error =
+            ShutdownError::new(format!("the last {signals} were not delivered to {}: {why}", self.place));
         if !self.health.is_failing() {
             tracing::warn!("{error}");
         }
@@ -189,9 +170,7 @@ impl Flush {
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) {
     // Without a thread the channel closes, and the waiting side says so.
-    let _ = std::thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(work);
+    let _ = std::thread::Builder::new().name(name.to_owned()).spawn(work);
 }
 
 /// Telemetry that could not be delivered at the end.

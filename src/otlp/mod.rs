@@ -65,15 +65,12 @@ use self::report::Health;
 /// that is away is no error.
 pub fn init() -> Result<Guard, InitError> {
     let (guard, warnings) = start()?;
-    let to_stderr = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_target(false)
-        .without_time();
-    let to_stderr = to_stderr
-        .with_filter(FilterFn::new(is_not_telemetry).with_max_level_hint(LevelFilter::WARN));
-    let subscriber = tracing_subscriber::registry()
-        .with(guard.layer())
-        .with(to_stderr.with_filter(LevelFilter::WARN));
+    let to_stderr =
+        tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false).without_time();
+    let to_stderr =
+        to_stderr.with_filter(FilterFn::new(is_not_telemetry).with_max_level_hint(LevelFilter::WARN));
+    let subscriber =
+        tracing_subscriber::registry().with(guard.layer()).with(to_stderr.with_filter(LevelFilter::WARN));
     if subscriber.try_init().is_err() {
         tracing::warn!(
             "a tracing subscriber is installed already, so spans and logs do not reach OTLP: call otlp::providers() instead, and add guard.layer() to your subscriber"
@@ -113,11 +110,8 @@ fn tell(warnings: &[String]) {
 fn start() -> Result<(Guard, Vec<String>), InitError> {
     let settings = Settings::from_env();
     let health = Arc::new(Health::default());
-    let providers = if settings.disabled {
-        Providers::default()
-    } else {
-        Providers::new(&settings, &health)?
-    };
+    let providers =
+        if settings.disabled { Providers::default() } else { Providers::new(&settings, &health)? };
     if let Some(meter) = &providers.meter {
         global::set_meter_provider(meter.clone());
         Instruments::renew_global();
@@ -125,10 +119,7 @@ fn start() -> Result<(Guard, Vec<String>), InitError> {
     if let Some(tracer) = &providers.tracer {
         global::set_tracer_provider(tracer.clone());
     }
-    Ok((
-        Guard::new(providers, health, settings.traces.place),
-        settings.warnings,
-    ))
+    Ok((Guard::new(providers, health, settings.traces.place), settings.warnings))
 }
 
 impl Guard {
@@ -139,66 +130,41 @@ impl Guard {
         S: Subscriber + for<'a> LookupSpan<'a> + Send + Sync,
     {
         let providers = self.providers();
-        let spans = providers
-            .and_then(|providers| providers.tracer.as_ref())
-            .map(|provider| {
-                tracing_opentelemetry::layer()
-                    .with_tracer(provider.tracer(SCOPE))
-                    .with_threads(false)
-                    .with_location(false)
-                    .with_tracked_inactivity(false)
-                    .with_target(false)
-                    // The first row is an event of its span; all else goes to the log, once.
-                    .with_filter(
-                        FilterFn::new(|about| {
-                            if about.is_span() {
-                                *about.level() <= Level::INFO && is_not_telemetry(about)
-                            } else {
-                                about.target() == FIRST_ROW
-                            }
-                        })
-                        .with_max_level_hint(LevelFilter::DEBUG),
-                    )
-            });
-        let records = providers
-            .and_then(|providers| providers.logger.as_ref())
-            .map(|provider| {
-                OpenTelemetryTracingBridge::new(provider).with_filter(
-                    FilterFn::new(|about| {
-                        let finest = if about.target() == SCOPE {
-                            Level::DEBUG
-                        } else {
-                            Level::INFO
-                        };
-                        about.is_event()
-                            && *about.level() <= finest
-                            && about.target() != FIRST_ROW
-                            && is_not_telemetry(about)
-                    })
-                    .with_max_level_hint(LevelFilter::DEBUG),
-                )
-            });
+        let spans = providers.and_then(|providers| providers.tracer.as_ref()).map(|provider| {
+            let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer(SCOPE));
+            let lean = layer.with_threads(false).with_location(false).with_tracked_inactivity(false);
+            let wanted = FilterFn::new(belongs_to_trace).with_max_level_hint(LevelFilter::DEBUG);
+            lean.with_target(false).with_filter(wanted)
+        });
+        let records = providers.and_then(|providers| providers.logger.as_ref()).map(|provider| {
+            let wanted = FilterFn::new(belongs_to_log).with_max_level_hint(LevelFilter::DEBUG);
+            OpenTelemetryTracingBridge::new(provider).with_filter(wanted)
+        });
         Layer::and_then(spans, records)
     }
 }
 
+/// Spans, and the first row as an event of its span; all other events go to the log, once.
+fn belongs_to_trace(about: &Metadata<'_>) -> bool {
+    let wanted_span = about.is_span() && *about.level() <= Level::INFO && is_not_telemetry(about);
+    wanted_span || about.target() == FIRST_ROW
+}
+
+fn belongs_to_log(about: &Metadata<'_>) -> bool {
+    let finest = if about.target() == SCOPE { Level::DEBUG } else { Level::INFO };
+    let wanted = *about.level() <= finest && about.target() != FIRST_ROW;
+    about.is_event() && wanted && is_not_telemetry(about)
+}
+
 fn is_not_telemetry(about: &Metadata<'_>) -> bool {
-    let crates = [
-        "opentelemetry",
-        "tonic",
-        "h2",
-        "hyper",
-        "tower",
-        "reqwest",
-        "rustls",
-    ];
+    let crates = ["opentelemetry", "tonic", "h2", "hyper", "tower", "reqwest", "rustls"];
     let of = |name: &&str| {
         about
             .target()
             .strip_prefix(*name)
             .is_some_and(|rest| rest.is_empty() || rest.starts_with([':', '_', '-']))
     };
-    !crates.iter().any(|name| of(&name))
+    !crates.iter().any(of)
 }
 
 /// Telemetry that can't be set up.

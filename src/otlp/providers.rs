@@ -3,17 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use opentelemetry_otlp::{
-    LogExporter, MetricExporter, SpanExporter, WithExportConfig, WithHttpConfig,
-};
+use opentelemetry_otlp::{LogExporter, MetricExporter, SpanExporter, WithExportConfig, WithHttpConfig};
 use opentelemetry_sdk::Resource;
-use opentelemetry_sdk::logs::{
-    BatchConfigBuilder as RecordBatch, BatchLogProcessor, SdkLoggerProvider,
-};
+use opentelemetry_sdk::logs::{BatchConfigBuilder as RecordBatch, BatchLogProcessor, SdkLoggerProvider};
 use opentelemetry_sdk::metrics::{Instrument, PeriodicReader, SdkMeterProvider, Stream};
-use opentelemetry_sdk::trace::{
-    BatchConfigBuilder as SpanBatch, BatchSpanProcessor, SdkTracerProvider,
-};
+use opentelemetry_sdk::trace::{BatchConfigBuilder as SpanBatch, BatchSpanProcessor, SdkTracerProvider};
 
 use super::InitError;
 use super::env::{Batch, Exporter, Protocol, Settings, Signal};
@@ -59,13 +53,9 @@ macro_rules! exporter {
             }
             #[cfg(feature = "otlp-grpc")]
             Protocol::Grpc => {
-                use opentelemetry_otlp::{
-                    WithTonicConfig, tonic_types::transport::ClientTlsConfig,
-                };
+                use opentelemetry_otlp::{WithTonicConfig, tonic_types::transport::ClientTlsConfig};
                 let _within = $transport.runtime()?;
-                let mut builder = $exporter::builder()
-                    .with_tonic()
-                    .with_timeout($transport.timeout);
+                let mut builder = $exporter::builder().with_tonic().with_timeout($transport.timeout);
                 if signal.place.starts_with("https://") {
                     // Without this, TLS has no root certificates at all.
                     builder = builder.with_tls_config(ClientTlsConfig::new().with_enabled_roots());
@@ -79,10 +69,7 @@ macro_rules! exporter {
             Protocol::Grpc => return Err(InitError::new("gRPC needs the cargo feature otlp-grpc")),
         };
         built.map_err(|error| {
-            InitError::new(format!(
-                "the exporter to {} can't be made: {error}",
-                signal.place
-            ))
+            InitError::new(format!("the exporter to {} can't be made: {error}", signal.place))
         })?
     }};
 }
@@ -104,16 +91,11 @@ impl Transport<'_> {
             return Ok(client.clone());
         }
         let timeout = self.timeout;
-        let build = move || {
-            reqwest::blocking::Client::builder()
-                .timeout(timeout)
-                .build()
-        };
-        let built = std::thread::spawn(build)
-            .join()
-            .map_err(|_| InitError::new("the HTTP client can't be made"))?;
-        let client = built
-            .map_err(|error| InitError::new(format!("the HTTP client can't be made: {error}")))?;
+        let make = move || reqwest::blocking::Client::builder().timeout(timeout).build();
+        let built =
+            std::thread::spawn(make).join().map_err(|_| InitError::new("the HTTP client can't be made"))?;
+        let client =
+            built.map_err(|error| InitError::new(format!("the HTTP client can't be made: {error}")))?;
         self.http = Some(client.clone());
         Ok(client)
     }
@@ -126,9 +108,8 @@ impl Transport<'_> {
                 .thread_name("fraiseql-otlp")
                 .enable_all()
                 .build();
-            *self.runtime = Some(
-                runtime.map_err(|error| InitError::new(format!("no thread for gRPC: {error}")))?,
-            );
+            *self.runtime =
+                Some(runtime.map_err(|error| InitError::new(format!("no thread for gRPC: {error}")))?);
         }
         self.runtime
             .as_ref()
@@ -170,33 +151,21 @@ fn tracer(
     resource: &Resource,
 ) -> Result<Option<SdkTracerProvider>, InitError> {
     let signal = &settings.traces;
-    let mut builder = SdkTracerProvider::builder()
-        .with_resource(resource.clone())
-        .with_sampler(settings.sampler.clone());
+    let mut builder =
+        SdkTracerProvider::builder().with_resource(resource.clone()).with_sampler(settings.sampler.clone());
     for exporter in &signal.exporters {
         builder = match exporter {
-            Exporter::Console => {
-                builder.with_simple_exporter(opentelemetry_stdout::SpanExporter::default())
-            }
+            Exporter::Console => builder.with_simple_exporter(opentelemetry_stdout::SpanExporter::default()),
             Exporter::Otlp => {
-                let exporter = Reported::new(
-                    exporter!(SpanExporter, signal, transport),
-                    &signal.place,
-                    health,
-                );
-                let Batch {
-                    queue,
-                    batch,
-                    delay,
-                } = settings.spans;
+                let exporter =
+                    Reported::new(exporter!(SpanExporter, signal, transport), &signal.place, health);
+                let Batch { queue, most, delay } = settings.spans;
                 let bounds = SpanBatch::default()
                     .with_max_queue_size(queue)
-                    .with_max_export_batch_size(batch)
+                    .with_max_export_batch_size(most)
                     .with_scheduled_delay(delay);
                 builder.with_span_processor(
-                    BatchSpanProcessor::builder(exporter)
-                        .with_batch_config(bounds.build())
-                        .build(),
+                    BatchSpanProcessor::builder(exporter).with_batch_config(bounds.build()).build(),
                 )
             }
         };
@@ -213,18 +182,9 @@ fn meter(
     let signal = &settings.metrics;
     let wide = |instrument: &Instrument| {
         let is_wide = WIDE.contains(&instrument.name());
-        is_wide
-            .then(|| {
-                Stream::builder()
-                    .with_cardinality_limit(MOST_SERIES)
-                    .build()
-                    .ok()
-            })
-            .flatten()
+        is_wide.then(|| Stream::builder().with_cardinality_limit(MOST_SERIES).build().ok()).flatten()
     };
-    let mut builder = SdkMeterProvider::builder()
-        .with_resource(resource.clone())
-        .with_view(wide);
+    let mut builder = SdkMeterProvider::builder().with_resource(resource.clone()).with_view(wide);
     let interval = settings.metric_interval;
     for exporter in &signal.exporters {
         builder = match exporter {
@@ -234,16 +194,9 @@ fn meter(
                     .build(),
             ),
             Exporter::Otlp => {
-                let exporter = Reported::new(
-                    exporter!(MetricExporter, signal, transport),
-                    &signal.place,
-                    health,
-                );
-                builder.with_reader(
-                    PeriodicReader::builder(exporter)
-                        .with_interval(interval)
-                        .build(),
-                )
+                let exporter =
+                    Reported::new(exporter!(MetricExporter, signal, transport), &signal.place, health);
+                builder.with_reader(PeriodicReader::builder(exporter).with_interval(interval).build())
             }
         };
     }
@@ -260,28 +213,17 @@ fn logger(
     let mut builder = SdkLoggerProvider::builder().with_resource(resource.clone());
     for exporter in &signal.exporters {
         builder = match exporter {
-            Exporter::Console => {
-                builder.with_simple_exporter(opentelemetry_stdout::LogExporter::default())
-            }
+            Exporter::Console => builder.with_simple_exporter(opentelemetry_stdout::LogExporter::default()),
             Exporter::Otlp => {
-                let exporter = Reported::new(
-                    exporter!(LogExporter, signal, transport),
-                    &signal.place,
-                    health,
-                );
-                let Batch {
-                    queue,
-                    batch,
-                    delay,
-                } = settings.records;
+                let exporter =
+                    Reported::new(exporter!(LogExporter, signal, transport), &signal.place, health);
+                let Batch { queue, most, delay } = settings.records;
                 let bounds = RecordBatch::default()
                     .with_max_queue_size(queue)
-                    .with_max_export_batch_size(batch)
+                    .with_max_export_batch_size(most)
                     .with_scheduled_delay(delay);
                 builder.with_log_processor(
-                    BatchLogProcessor::builder(exporter)
-                        .with_batch_config(bounds.build())
-                        .build(),
+                    BatchLogProcessor::builder(exporter).with_batch_config(bounds.build()).build(),
                 )
             }
         };

@@ -55,10 +55,7 @@ pub(super) fn unreachable(place: &str) -> Option<String> {
     if attempts.iter().any(Result::is_ok) {
         return None;
     }
-    attempts
-        .into_iter()
-        .find_map(Result::err)
-        .map(|error| error.to_string())
+    attempts.into_iter().find_map(Result::err).map(|error| error.to_string())
 }
 
 /// An exporter whose failures are told.
@@ -70,11 +67,7 @@ pub(super) struct Reported<E> {
 
 impl<E> Reported<E> {
     pub(super) fn new(exporter: E, place: &str, health: &Arc<Health>) -> Self {
-        Self {
-            exporter,
-            place: place.to_owned(),
-            health: Arc::clone(health),
-        }
+        Self { exporter, place: place.to_owned(), health: Arc::clone(health) }
     }
 
     fn note(&self, result: OTelSdkResult) -> OTelSdkResult {
@@ -85,9 +78,7 @@ impl<E> Reported<E> {
 
 impl<E> fmt::Debug for Reported<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Reported")
-            .field("place", &self.place)
-            .finish_non_exhaustive()
+        f.debug_struct("Reported").field("place", &self.place).finish_non_exhaustive()
     }
 }
 

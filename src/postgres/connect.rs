@@ -47,9 +47,7 @@ impl Peer {
     pub(crate) async fn cancel(&self, token: &CancelToken) -> std::io::Result<()> {
         match self {
             Self::Tcp { addr, .. } => cancel_on(TcpStream::connect(addr).await?, token).await,
-            Self::Unix { .. } => {
-                cancel_on(UnixStream::connect(self.to_string()).await?, token).await
-            }
+            Self::Unix { .. } => cancel_on(UnixStream::connect(self.to_string()).await?, token).await,
         }
     }
 }
@@ -68,10 +66,7 @@ async fn cancel_on<S>(mut socket: S, token: &CancelToken) -> std::io::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    token
-        .cancel_query_raw(&mut socket, NoTls)
-        .await
-        .map_err(std::io::Error::other)?;
+    token.cancel_query_raw(&mut socket, NoTls).await.map_err(std::io::Error::other)?;
     let mut rest = [0; 64];
     while socket.read(&mut rest).await? > 0 {}
     Ok(())
@@ -79,9 +74,7 @@ where
 
 /// Reads a URL or a key-value string. What is wrong is told without quoting the string: it holds a password.
 pub(crate) fn parse(connection: &str) -> Result<Config, Error> {
-    let config: Config = connection
-        .parse()
-        .map_err(|error| Error::config(misread(connection, &error)))?;
+    let config: Config = connection.parse().map_err(|error| Error::config(misread(connection, &error)))?;
     if config.get_ssl_mode() == SslMode::Require {
         return Err(Error::config(no_tls("require")));
     }
@@ -94,9 +87,7 @@ pub(crate) fn parse(connection: &str) -> Result<Config, Error> {
 }
 
 fn misread(connection: &str, error: &tokio_postgres::Error) -> String {
-    let cause = std::error::Error::source(error)
-        .map(ToString::to_string)
-        .unwrap_or_default();
+    let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
     let strict = ["allow", "verify-ca", "verify-full"];
     let asked = |mode: &&&str| connection.contains(&format!("sslmode={mode}"));
     match strict.iter().find(asked) {
@@ -134,11 +125,7 @@ pub(crate) async fn connect(config: &Config) -> Result<(Client, Wire, Peer), Err
 type Named = (Host, Option<std::net::IpAddr>);
 
 fn candidates(config: &Config) -> Result<Vec<(Named, u16)>, Error> {
-    let (hosts, addrs, ports) = (
-        config.get_hosts(),
-        config.get_hostaddrs(),
-        config.get_ports(),
-    );
+    let (hosts, addrs, ports) = (config.get_hosts(), config.get_hostaddrs(), config.get_ports());
     let count = hosts.len().max(addrs.len());
     if !hosts.is_empty() && !addrs.is_empty() && hosts.len() != addrs.len() {
         return Err(Error::config(format!(
@@ -156,18 +143,15 @@ fn candidates(config: &Config) -> Result<Vec<(Named, u16)>, Error> {
     let mut all: Vec<_> = (0..count)
         .filter_map(|i| {
             let addr = addrs.get(i).copied();
-            let host = hosts
-                .get(i)
-                .cloned()
-                .or_else(|| addr.map(|addr| Host::Tcp(addr.to_string())))?;
-            let port = ports.get(i).or(ports.first()).copied().unwrap_or(5432);
+            let host = hosts.get(i).cloned().or_else(|| addr.map(|addr| Host::Tcp(addr.to_string())))?;
+            let port = ports.get(i).or_else(|| ports.first()).copied().unwrap_or(5432);
             Some(((host, addr), port))
         })
         .collect();
     if config.get_load_balance_hosts() == LoadBalanceHosts::Random && count > 1 {
         // A random start spreads the load; the order behind it need not be random.
-        let start =
-            std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), ()) as usize % count;
+        let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), ());
+        let start = usize::try_from(random % count as u64).unwrap_or(0);
         all.rotate_left(start);
     }
     Ok(all)
@@ -175,35 +159,19 @@ fn candidates(config: &Config) -> Result<Vec<(Named, u16)>, Error> {
 
 async fn resolve((host, addr): &Named, port: u16) -> Result<Vec<Peer>, Error> {
     match (host, addr) {
-        (Host::Unix(dir), _) => Ok(vec![Peer::Unix {
-            dir: dir.clone(),
-            port,
-        }]),
-        (Host::Tcp(host), Some(ip)) => Ok(vec![Peer::Tcp {
-            host: host.clone(),
-            addr: (*ip, port).into(),
-        }]),
+        (Host::Unix(dir), _) => Ok(vec![Peer::Unix { dir: dir.clone(), port }]),
+        (Host::Tcp(host), Some(ip)) => Ok(vec![Peer::Tcp { host: host.clone(), addr: (*ip, port).into() }]),
         (Host::Tcp(host), None) => {
-            let found =
-                tokio::time::timeout(CONNECT_TIMEOUT, lookup_host((host.as_str(), port))).await;
+            let found = tokio::time::timeout(CONNECT_TIMEOUT, lookup_host((host.as_str(), port))).await;
             let found = found.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()));
-            let found =
-                found.map_err(|error| Error::unreachable(format_args!("{host}:{port}"), error))?;
-            Ok(found
-                .map(|addr| Peer::Tcp {
-                    host: host.clone(),
-                    addr,
-                })
-                .collect())
+            let found = found.map_err(|error| Error::unreachable(format_args!("{host}:{port}"), error))?;
+            Ok(found.map(|addr| Peer::Tcp { host: host.clone(), addr }).collect())
         }
     }
 }
 
 pub(crate) async fn connect_one(config: &Config, peer: &Peer) -> Result<(Client, Wire), Error> {
-    let limit = config
-        .get_connect_timeout()
-        .copied()
-        .unwrap_or(CONNECT_TIMEOUT);
+    let limit = config.get_connect_timeout().copied().unwrap_or(CONNECT_TIMEOUT);
     let narrowed = narrow(config, peer);
     match tokio::time::timeout(limit, narrowed.connect(NoTls)).await {
         Ok(Ok(connected)) => Ok(connected),
@@ -230,15 +198,9 @@ fn narrow(config: &Config, peer: &Peer) -> Config {
     config.get_dbname().map(|name| one.dbname(name));
     config.get_options().map(|options| one.options(options));
     one.application_name(config.get_application_name().unwrap_or("fraiseql-stream"));
-    config
-        .get_tcp_user_timeout()
-        .map(|timeout| one.tcp_user_timeout(*timeout));
-    config
-        .get_keepalives_interval()
-        .map(|interval| one.keepalives_interval(interval));
-    config
-        .get_keepalives_retries()
-        .map(|retries| one.keepalives_retries(retries));
+    config.get_tcp_user_timeout().map(|timeout| one.tcp_user_timeout(*timeout));
+    config.get_keepalives_interval().map(|interval| one.keepalives_interval(interval));
+    config.get_keepalives_retries().map(|retries| one.keepalives_retries(retries));
     one.ssl_mode(config.get_ssl_mode())
         .ssl_negotiation(config.get_ssl_negotiation())
         .channel_binding(config.get_channel_binding())
@@ -264,14 +226,9 @@ mod tests {
     #[test]
     fn stricter_modes_than_prefer_are_refused_by_name() {
         for mode in ["require", "verify-ca", "verify-full"] {
-            for form in [
-                format!("postgres://u@h/d?sslmode={mode}"),
-                format!("host=h user=u sslmode={mode}"),
-            ] {
-                assert!(
-                    refusal(&form).starts_with(&format!("sslmode={mode} asks for")),
-                    "{form}"
-                );
+            for form in [format!("postgres://u@h/d?sslmode={mode}"), format!("host=h user=u sslmode={mode}")]
+            {
+                assert!(refusal(&form).starts_with(&format!("sslmode={mode} asks for")), "{form}");
             }
         }
         assert!(parse("postgres://u@h/d?sslmode=disable").is_ok());
@@ -293,11 +250,6 @@ mod tests {
     #[test]
     fn hosts_and_ports_must_match() {
         let config = parse("host=a,b,c port=1,2 user=u").unwrap();
-        assert!(
-            candidates(&config)
-                .unwrap_err()
-                .to_string()
-                .contains("3 hosts but 2 ports")
-        );
+        assert!(candidates(&config).unwrap_err().to_string().contains("3 hosts but 2 ports"));
     }
 }

@@ -25,24 +25,15 @@ pub(crate) struct Sql {
 impl Sql {
     /// The statement's text, or why the entity is no name of a relation.
     pub(crate) fn text(&self) -> Result<String, Error> {
-        let mut text = format!("SELECT data FROM {}", quote(&self.entity)?);
+        let from = format!("SELECT data FROM {}", quote(&self.entity)?);
         // On lines of their own: a comment at the end of a condition must not swallow what follows.
-        if !self.conditions.is_empty() {
-            text.push_str(&format!(
-                "\nWHERE ({}\n)",
-                self.conditions.join("\n) AND (")
-            ));
-        }
-        if !self.order_by.is_empty() {
-            text.push_str(&format!("\nORDER BY {}\n", self.order_by.join("\n, ")));
-        }
-        if let Some(limit) = self.limit {
-            text.push_str(&format!("\nLIMIT {limit}"));
-        }
-        if let Some(offset) = self.offset {
-            text.push_str(&format!("\nOFFSET {offset}"));
-        }
-        Ok(text)
+        let clauses = [
+            clause("WHERE (", &self.conditions.join("\n) AND ("), "\n)"),
+            clause("ORDER BY ", &self.order_by.join("\n, "), "\n"),
+            self.limit.map_or_else(String::new, |limit| format!("\nLIMIT {limit}")),
+            self.offset.map_or_else(String::new, |offset| format!("\nOFFSET {offset}")),
+        ];
+        Ok(from + &clauses.concat())
     }
 
     /// The schema, where the entity names one.
@@ -52,15 +43,18 @@ impl Sql {
     }
 }
 
+fn clause(before: &str, text: &str, after: &str) -> String {
+    if text.is_empty() { String::new() } else { format!("\n{before}{text}{after}") }
+}
+
 /// Quotes a relation's name, part by part. Case counts, as always in quotes.
 fn quote(entity: &str) -> Result<String, Error> {
     let parts = split(entity).map_err(|why| {
-        Error::config(format!("{entity:?} is no name of a relation: {why}; write name, schema.name or \"a.dot\".\"inside\""))
+        Error::config(format!(
+            "{entity:?} is no name of a relation: {why}; write name, schema.name or \"a.dot\".\"inside\""
+        ))
     })?;
-    let quoted: Vec<_> = parts
-        .iter()
-        .map(|part| format!("\"{}\"", part.replace('"', "\"\"")))
-        .collect();
+    let quoted: Vec<_> = parts.iter().map(|part| format!("\"{}\"", part.replace('"', "\"\""))).collect();
     Ok(quoted.join("."))
 }
 
@@ -72,12 +66,11 @@ fn split(entity: &str) -> Result<Vec<String>, &'static str> {
     let mut parts = Vec::new();
     let mut rest = entity;
     loop {
-        let (part, after) = match rest.strip_prefix('"') {
-            Some(quoted) => unquote(quoted)?,
-            None => {
-                let end = rest.find('.').unwrap_or(rest.len());
-                (rest[..end].to_owned(), &rest[end..])
-            }
+        let (part, after) = if let Some(quoted) = rest.strip_prefix('"') {
+            unquote(quoted)?
+        } else {
+            let end = rest.find('.').unwrap_or(rest.len());
+            (rest[..end].to_owned(), &rest[end..])
         };
         if part.is_empty() {
             return Err("a part of it is empty");
@@ -119,10 +112,9 @@ pub(crate) fn check_column(statement: &Statement) -> Result<(), Error> {
             column.type_(),
             column.name(),
         ))),
-        columns => Err(Error::config(format!(
-            "the query gives {} columns, not one of json or jsonb",
-            columns.len()
-        ))),
+        columns => {
+            Err(Error::config(format!("the query gives {} columns, not one of json or jsonb", columns.len())))
+        }
     }
 }
 
@@ -149,20 +141,13 @@ pub(crate) fn encode(values: &[&(dyn ToSql + Sync)], types: &[Type]) -> Result<V
             Error::config(format!("parameter ${number} is of type {ty} in the query: {why}; give a value of that type, or cast in where_sql: ${number}::text::{ty}"))
         })?;
         let bytes = matches!(is_null, IsNull::No).then(|| bytes.freeze());
-        Ok(Value {
-            bytes,
-            format: value.encode_format(ty),
-        })
+        Ok(Value { bytes, format: value.encode_format(ty) })
     };
     values.iter().zip(types).enumerate().map(encode).collect()
 }
 
 impl ToSql for Value {
-    fn to_sql(
-        &self,
-        _: &Type,
-        out: &mut BytesMut,
-    ) -> Result<IsNull, Box<dyn StdError + Sync + Send>> {
+    fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn StdError + Sync + Send>> {
         Ok(match &self.bytes {
             Some(bytes) => {
                 out.extend_from_slice(bytes);
@@ -191,10 +176,7 @@ pub(crate) struct RawRows {
 
 impl RawRows {
     pub(super) fn new(rows: RowStream) -> Self {
-        Self {
-            rows: Box::pin(rows),
-            done: false,
-        }
+        Self { rows: Box::pin(rows), done: false }
     }
 
     /// `ReadyForQuery` was seen: nothing runs any more.
@@ -233,11 +215,8 @@ struct Json<'a>(&'a [u8]);
 impl<'a> FromSql<'a> for Json<'a> {
     fn from_sql(ty: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn StdError + Sync + Send>> {
         // jsonb comes with the number of its format before the text.
-        let text = if *ty == Type::JSONB {
-            raw.strip_prefix(&[1]).ok_or("unknown version of jsonb")?
-        } else {
-            raw
-        };
+        let text =
+            if *ty == Type::JSONB { raw.strip_prefix(&[1]).ok_or("unknown version of jsonb")? } else { raw };
         Ok(Self(text))
     }
 
@@ -251,10 +230,7 @@ mod tests {
     use super::*;
 
     fn text(entity: &str) -> String {
-        let sql = Sql {
-            entity: entity.to_owned(),
-            ..Sql::default()
-        };
+        let sql = Sql { entity: entity.to_owned(), ..Sql::default() };
         sql.text().unwrap_or_else(|error| error.to_string())
     }
 
@@ -262,10 +238,7 @@ mod tests {
     fn an_entity_is_a_name_and_never_sql() {
         assert_eq!(text("orders"), r#"SELECT data FROM "orders""#);
         assert_eq!(text("sales.Orders"), r#"SELECT data FROM "sales"."Orders""#);
-        assert_eq!(
-            text("users; drop table x"),
-            r#"SELECT data FROM "users; drop table x""#
-        );
+        assert_eq!(text("users; drop table x"), r#"SELECT data FROM "users; drop table x""#);
         assert_eq!(text(r#"a"b"#), r#"SELECT data FROM "a""b""#);
         assert_eq!(text(r#""a.b"."c""d""#), r#"SELECT data FROM "a.b"."c""d""#);
     }
@@ -273,10 +246,7 @@ mod tests {
     #[test]
     fn what_is_no_name_is_refused() {
         for entity in ["", ".", "a.", ".a", "a\0b", "\"a", "\"a\"b", "\"\""] {
-            assert!(
-                text(entity).contains("is no name of a relation"),
-                "{entity:?}"
-            );
+            assert!(text(entity).contains("is no name of a relation"), "{entity:?}");
         }
     }
 

@@ -1,12 +1,15 @@
 //! A connection that is handed out to one query at a time, and is clean whenever it is handed out.
 
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_core::Stream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::timeout;
+use tokio_postgres::config::SslMode;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, Statement};
 use tracing::{Instrument, Span};
 
@@ -32,9 +35,7 @@ pub(crate) struct Session {
 impl Session {
     pub(crate) async fn connect(config: Config) -> Result<Self, Error> {
         let (client, wire, peer) = connect::connect(&config).await?;
-        if connect::is_remote(&peer)
-            && config.get_ssl_mode() != tokio_postgres::config::SslMode::Disable
-        {
+        if connect::is_remote(&peer) && config.get_ssl_mode() != SslMode::Disable {
             tracing::warn!(
                 "connected to {peer} without TLS, which this version does not speak: rows and queries cross the network in plaintext; say sslmode=disable if that is meant"
             );
@@ -56,17 +57,11 @@ impl Session {
 
     /// Waits until the query before is gone, its clean-up included.
     pub(crate) async fn lease(self: &Arc<Self>) -> Result<Lease, Error> {
-        let permit = Arc::clone(&self.turn)
-            .acquire_owned()
-            .await
-            .map_err(|_| Error::closed())?;
+        let permit = Arc::clone(&self.turn).acquire_owned().await.map_err(|_| Error::closed())?;
         if self.client.is_closed() {
             return Err(Error::closed());
         }
-        Ok(Lease {
-            session: Arc::clone(self),
-            _permit: permit,
-        })
+        Ok(Lease { session: Arc::clone(self), span: Span::none(), _permit: permit })
     }
 
     pub(crate) fn is_closed(&self) -> bool {
@@ -99,15 +94,15 @@ impl Session {
 
 fn first_schema(search_path: &str) -> Option<String> {
     let named = |schema: &&str| !schema.is_empty() && *schema != "$user";
-    let mut schemas = search_path
-        .split(',')
-        .map(|schema| schema.trim().trim_matches('"'));
+    let mut schemas = search_path.split(',').map(|schema| schema.trim().trim_matches('"'));
     schemas.find(named).map(ToOwned::to_owned)
 }
 
 /// The right to run one query on a session.
 pub(crate) struct Lease {
     session: Arc<Session>,
+    /// Of the query; a cancel is told below it.
+    span: Span,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -116,17 +111,17 @@ pub(crate) struct Lease {
 pub(crate) struct Cancelled;
 
 impl Lease {
+    pub(crate) fn below(self, span: &Span) -> Self {
+        Self { span: span.clone(), ..self }
+    }
+
     /// Prepares a statement and refuses it unless it gives one column of JSON.
     pub(crate) async fn prepare(
         &self,
         sql: &str,
         gone: impl Future<Output = ()>,
-        span: &Span,
     ) -> Result<Result<Statement, Error>, Cancelled> {
-        match self
-            .until_gone(self.session.client.prepare(sql), gone, span)
-            .await
-        {
+        match self.until_gone(self.session.client.prepare(sql), gone).await {
             Ok(prepared) => Ok(match prepared {
                 Ok(statement) => check_column(&statement).map(|()| statement),
                 Err(error) => Err(self.explain(Error::query(error)).await),
@@ -141,17 +136,12 @@ impl Lease {
         statement: &Statement,
         values: Vec<Value>,
         gone: impl Future<Output = ()>,
-        span: &Span,
     ) -> Result<Result<RawRows, Error>, Cancelled> {
-        match self
-            .until_gone(self.session.client.query_raw(statement, values), gone, span)
-            .await
-        {
+        match self.until_gone(self.session.client.query_raw(statement, values), gone).await {
             Ok(Ok(rows)) => Ok(Ok(RawRows::new(rows))),
             Ok(Err(error)) => Ok(Err(self.explain(Error::query(error)).await)),
             Err(Some(Ok(rows))) => {
-                self.drain(RawRows::new(rows), Instant::now() + CLEAN_UP)
-                    .await;
+                self.finish(RawRows::new(rows)).await;
                 Err(Cancelled)
             }
             Err(_) => Err(Cancelled),
@@ -159,17 +149,22 @@ impl Lease {
     }
 
     /// Ends a query whose rows nobody wants any more.
-    pub(crate) async fn cancel(&self, rows: RawRows, span: &Span) {
+    pub(crate) async fn cancel(&self, rows: RawRows) {
         // Nothing runs after ReadyForQuery; a cancel could only hit what comes next.
-        if !rows.is_done() && self.send_cancel(span).await {
-            self.drain(rows, Instant::now() + CLEAN_UP).await;
+        if !rows.is_done() && self.send_cancel().await {
+            self.finish(rows).await;
         }
     }
 
-    /// Reads what follows an error, up to `ReadyForQuery`.
-    pub(crate) async fn finish(&self, rows: RawRows) {
-        if !rows.is_done() {
-            self.drain(rows, Instant::now() + CLEAN_UP).await;
+    /// Reads what is left, up to `ReadyForQuery`.
+    pub(crate) async fn finish(&self, mut rows: RawRows) {
+        if rows.is_done() {
+            return;
+        }
+        let mut next = async || std::future::poll_fn(|cx| Pin::new(&mut rows).poll_next(cx)).await;
+        let to_end = async { while next().await.is_some() {} };
+        if timeout(CLEAN_UP, to_end).await.is_err() {
+            self.session.discard();
         }
     }
 
@@ -183,16 +178,15 @@ impl Lease {
         let Ok(answer) = timeout(POST_MORTEM, probe).await else {
             return error.with_note("the server does not answer");
         };
-        let note = match answer.as_ref().map_err(Error::sqlstate) {
-            Ok(_) => "the server still answers: only this backend is gone".to_owned(),
-            Err(Some(code)) if code.code() == "57P03" => format!(
-                "the whole server goes down or comes up: {}",
-                reason(answer.err())
-            ),
-            Err(Some(_)) => "the server still answers: only this backend is gone".to_owned(),
-            Err(None) => format!("the whole server is gone: {}", reason(answer.err())),
-        };
-        error.with_note(&note)
+        let alive = "the server still answers: only this backend is gone";
+        let Err(refusal) = answer else { return error.with_note(alive) };
+        match refusal.sqlstate() {
+            Some(&SqlState::CANNOT_CONNECT_NOW) => {
+                error.with_note(&format!("the whole server goes down or comes up: {}", reason(&refusal)))
+            }
+            Some(_) => error.with_note(alive),
+            None => error.with_note(&format!("the whole server is gone: {}", reason(&refusal))),
+        }
     }
 
     /// Runs a request to its end. If the consumer goes first, Postgres is asked to cancel and the request is
@@ -201,7 +195,6 @@ impl Lease {
         &self,
         request: impl Future<Output = T>,
         gone: impl Future<Output = ()>,
-        span: &Span,
     ) -> Result<T, Option<T>> {
         let mut request = pin!(request);
         tokio::select! {
@@ -209,26 +202,29 @@ impl Lease {
             answer = &mut request => return Ok(answer),
             () = gone => {}
         }
-        if !self.send_cancel(span).await {
+        if !self.send_cancel().await {
             return Err(None);
         }
-        match timeout(CLEAN_UP, request).await {
-            Ok(answer) => Err(Some(answer)),
-            Err(_) => {
-                self.session.discard();
-                Err(None)
-            }
+        let answer = timeout(CLEAN_UP, request).await.ok();
+        if answer.is_none() {
+            self.session.discard();
         }
+        Err(answer)
     }
 
     /// False if Postgres could not be asked; the connection is closed then.
-    async fn send_cancel(&self, span: &Span) -> bool {
+    async fn send_cancel(&self) -> bool {
         let session = &self.session;
-        let span = tracing::info_span!(parent: span, "cancel", otel.kind = "client", otel.status_code = tracing::field::Empty, db.system.name = "postgresql", server.address = session.peer.address());
+        let span = tracing::info_span!(
+            parent: &self.span,
+            "cancel",
+            otel.kind = "client",
+            otel.status_code = tracing::field::Empty,
+            db.system.name = "postgresql",
+            server.address = session.peer.address(),
+        );
         let token = session.client.cancel_token();
-        let sent = timeout(CLEAN_UP, session.peer.cancel(&token))
-            .instrument(span.clone())
-            .await;
+        let sent = timeout(CLEAN_UP, session.peer.cancel(&token)).instrument(span.clone()).await;
         let sent = matches!(sent, Ok(Ok(())));
         if !sent {
             span.record("otel.status_code", "error");
@@ -236,23 +232,11 @@ impl Lease {
         }
         sent
     }
-
-    async fn drain(&self, mut rows: RawRows, deadline: Instant) {
-        let to_end = async {
-            while std::future::poll_fn(|cx| futures_core::Stream::poll_next(pin!(&mut rows), cx))
-                .await
-                .is_some()
-            {}
-        };
-        if timeout_at(deadline, to_end).await.is_err() {
-            self.session.discard();
-        }
-    }
 }
 
 /// Why a connection could not be made, in the server's or the system's words.
-fn reason(error: Option<Error>) -> String {
-    let source = error.as_ref().and_then(std::error::Error::source);
+fn reason(error: &Error) -> String {
+    let source = std::error::Error::source(error);
     match source.and_then(|source| source.downcast_ref::<tokio_postgres::Error>()) {
         Some(error) => describe(error),
         None => source.map_or_else(String::new, ToString::to_string),

@@ -8,6 +8,7 @@ use opentelemetry::{InstrumentationScope, KeyValue, global};
 
 use super::SCOPE;
 use super::registry::{Levels, OUTCOMES, Registry, STATES, Totals};
+use super::spans::seconds;
 
 /// The metrics of all streams that are made with it, on one meter provider.
 ///
@@ -42,22 +43,32 @@ static DEFAULT: Mutex<Option<Instruments>> = Mutex::new(None);
 impl Instruments {
     /// Makes the instruments on a provider of yours.
     pub fn new(provider: &dyn MeterProvider) -> Self {
-        let scope = InstrumentationScope::builder(SCOPE)
-            .with_version(env!("CARGO_PKG_VERSION"))
-            .build();
+        let scope = InstrumentationScope::builder(SCOPE).with_version(env!("CARGO_PKG_VERSION")).build();
         let meter = provider.meter_with_scope(scope);
         let registry = Arc::new(Registry::default());
-        observe_totals(&meter, &registry);
+        observe_times(&meter, &registry);
+        observe_counts(&meter, &registry);
         observe_levels(&meter, &registry);
-        Self(Arc::new(synchronous(&meter, registry)))
+        Self(Arc::new(Inner {
+            registry,
+            occupancy: rows(&meter, &OCCUPANCY),
+            utilization: figures(&meter, &UTILIZATION),
+            chunk_size: rows(&meter, &CHUNK_SIZE),
+            time_to_first_row: figures(&meter, &TIME_TO_FIRST_ROW),
+            ended: meter
+                .u64_counter("fraiseql.stream.ended")
+                .with_unit("{stream}")
+                .with_description("Streams that ended, by outcome")
+                .build(),
+            operation_duration: figures(&meter, &OPERATION_DURATION),
+            returned_rows: rows(&meter, &RETURNED_ROWS),
+        }))
     }
 
     /// The default ones, made from the global provider at first use.
     pub(crate) fn global() -> Self {
         let mut default = DEFAULT.lock().unwrap_or_else(PoisonError::into_inner);
-        default
-            .get_or_insert_with(|| Self::new(&*global::meter_provider()))
-            .clone()
+        default.get_or_insert_with(|| Self::new(&*global::meter_provider())).clone()
     }
 
     /// From now on the global provider of this moment is the one.
@@ -74,207 +85,120 @@ impl fmt::Debug for Instruments {
     }
 }
 
-fn synchronous(meter: &Meter, registry: Arc<Registry>) -> Inner {
-    let rows = |name, about, bounds: &[f64]| {
-        meter
-            .u64_histogram(name)
-            .with_unit("{row}")
-            .with_description(about)
-            .with_boundaries(bounds.to_vec())
-            .build()
-    };
-    let floats = |name, unit, about, bounds: &[f64]| {
-        meter
-            .f64_histogram(name)
-            .with_unit(unit)
-            .with_description(about)
-            .with_boundaries(bounds.to_vec())
-            .build()
-    };
-    Inner {
-        registry,
-        occupancy: rows(
-            "fraiseql_channel_occupancy_rows",
-            "Rows that wait in the channel, at every poll batch: below 10 the consumer is fast, 50 to 200 is balanced, above 240 the consumer is slow",
-            &[
-                0.0, 1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 150.0, 200.0, 240.0, 256.0, 512.0, 1024.0,
-                4096.0,
-            ],
-        ),
-        utilization: floats(
-            "fraiseql.channel.utilization",
-            "1",
-            "The larger of rows to row limit and bytes to byte limit, at every poll batch",
-            &[0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0],
-        ),
-        chunk_size: rows(
-            "fraiseql.chunk.size",
-            "Rows of a chunk, at every poll batch",
-            &[
-                1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0,
-            ],
-        ),
-        time_to_first_row: floats(
-            "fraiseql.stream.time_to_first_row",
-            "s",
-            "From the query to its first row",
-            &[
-                0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
-                60.0,
-            ],
-        ),
-        ended: meter
-            .u64_counter("fraiseql.stream.ended")
-            .with_unit("{stream}")
-            .with_description("Streams that ended, by outcome")
-            .build(),
-        // Boundaries of both are those of the semantic conventions.
-        operation_duration: floats(
-            "db.client.operation.duration",
-            "s",
-            "Duration of database client operations",
-            &[0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0],
-        ),
-        returned_rows: rows(
-            "db.client.response.returned_rows",
-            "The actual number of records returned by the database operation",
-            &[
-                1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0,
-                10000.0,
-            ],
-        ),
-    }
+/// An instrument of the catalogue.
+struct About {
+    name: &'static str,
+    unit: &'static str,
+    description: &'static str,
 }
 
-fn observe_totals(meter: &Meter, registry: &Arc<Registry>) {
-    seconds(
-        meter,
-        registry,
-        "fraiseql.stream.time",
-        "Where the consumer's half of the streams' life goes",
-        |totals| {
-            STATES
-                .iter()
-                .zip(totals.time)
-                .map(|(state, time)| (Some(("state", *state)), time))
-                .collect()
-        },
-    );
-    seconds(
-        meter,
-        registry,
-        "fraiseql.producer.time",
-        "Where the producer's half goes: waiting for Postgres, or for room",
-        |totals| {
-            ["source", "room"]
-                .into_iter()
-                .zip(totals.producer)
-                .map(|(state, time)| (Some(("state", state)), time))
-                .collect()
-        },
-    );
-    seconds(
-        meter,
-        registry,
-        "fraiseql.channel.backlog.time",
-        "Time in which the consumer was busy while rows waited for it",
-        |totals| vec![(None, totals.backlog)],
-    );
-    counter(
-        meter,
-        registry,
-        (
-            "fraiseql.stream.rows",
-            "{row}",
-            "Rows by what became of them",
-        ),
-        |totals| {
-            OUTCOMES
-                .iter()
-                .zip(totals.rows)
-                .map(|(outcome, rows)| (Some(("outcome", *outcome)), rows))
-                .collect()
-        },
-    );
-    counter(
-        meter,
-        registry,
-        ("fraiseql.stream.io", "By", "Payload received"),
-        |totals| vec![(None, totals.bytes)],
-    );
-    // Chunks have a fixed size so far; the series are there for the panels.
-    counter(
-        meter,
-        registry,
-        (
-            "fraiseql.chunk.adjustments",
-            "{adjustment}",
-            "Changes of the chunk size",
-        ),
-        |_| {
-            vec![
-                (Some(("direction", "up")), 0),
-                (Some(("direction", "down")), 0),
-            ]
-        },
-    );
+/// A histogram of the catalogue, with the upper bounds of its buckets.
+struct Bounded(About, &'static [f64]);
+
+const fn about(name: &'static str, unit: &'static str, description: &'static str) -> About {
+    About { name, unit, description }
+}
+
+const OCCUPANCY: Bounded = Bounded(
+    about(
+        "fraiseql_channel_occupancy_rows",
+        "{row}",
+        "Rows that wait in the channel, at every poll batch: below 10 the consumer is fast, 50 to 200 is balanced, above 240 the consumer is slow",
+    ),
+    &[0.0, 1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 150.0, 200.0, 240.0, 256.0, 512.0, 1024.0, 4096.0],
+);
+const UTILIZATION: Bounded = Bounded(
+    about(
+        "fraiseql.channel.utilization",
+        "1",
+        "The larger of rows to row limit and bytes to byte limit, at every poll batch",
+    ),
+    &[0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0],
+);
+const CHUNK_SIZE: Bounded = Bounded(
+    about("fraiseql.chunk.size", "{row}", "Rows of a chunk, at every poll batch"),
+    &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0],
+);
+const TIME_TO_FIRST_ROW: Bounded = Bounded(
+    about("fraiseql.stream.time_to_first_row", "s", "From the query to its first row"),
+    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0],
+);
+// The bounds of these two are those of the semantic conventions.
+const OPERATION_DURATION: Bounded = Bounded(
+    about("db.client.operation.duration", "s", "Duration of database client operations"),
+    &[0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0],
+);
+const RETURNED_ROWS: Bounded = Bounded(
+    about(
+        "db.client.response.returned_rows",
+        "{row}",
+        "The actual number of records returned by the database operation",
+    ),
+    &[1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0],
+);
+
+fn rows(meter: &Meter, Bounded(about, bounds): &Bounded) -> Histogram<u64> {
+    let builder = meter.u64_histogram(about.name).with_unit(about.unit);
+    builder.with_description(about.description).with_boundaries(bounds.to_vec()).build()
+}
+
+fn figures(meter: &Meter, Bounded(about, bounds): &Bounded) -> Histogram<f64> {
+    let builder = meter.f64_histogram(about.name).with_unit(about.unit);
+    builder.with_description(about.description).with_boundaries(bounds.to_vec()).build()
 }
 
 /// The values of one entity, each with the attribute that tells it from its siblings.
 type Values = Vec<(Option<(&'static str, &'static str)>, u64)>;
 
-fn attributes(entity: &KeyValue, own: Option<(&'static str, &'static str)>) -> Vec<KeyValue> {
-    let own = own.map(|(key, value)| KeyValue::new(key, value));
-    std::iter::once(entity.clone()).chain(own).collect()
+fn by(key: &'static str, names: &[&'static str], values: &[u64]) -> Values {
+    names.iter().zip(values).map(|(name, value)| (Some((key, *name)), *value)).collect()
 }
 
-fn seconds(
-    meter: &Meter,
-    registry: &Arc<Registry>,
-    name: &'static str,
-    about: &'static str,
-    values: impl Fn(&Totals) -> Values + Send + Sync + 'static,
-) {
-    let registry = Arc::clone(registry);
-    let observe = move |instrument: &dyn AsyncInstrument<f64>| {
-        registry.totals(|entity, totals| {
-            for (own, nanos) in values(totals) {
-                instrument.observe(nanos as f64 / 1e9, &attributes(entity, own));
-            }
-        });
+fn observe_times(meter: &Meter, registry: &Arc<Registry>) {
+    let times = |name, description, values: fn(&Totals) -> Values| {
+        let registry = Arc::clone(registry);
+        let observe = move |instrument: &dyn AsyncInstrument<f64>| {
+            tell(&registry, values, |nanos, attributes| instrument.observe(seconds(nanos), attributes));
+        };
+        let builder = meter.f64_observable_counter(name).with_unit("s").with_description(description);
+        builder.with_callback(observe).build();
     };
-    meter
-        .f64_observable_counter(name)
-        .with_unit("s")
-        .with_description(about)
-        .with_callback(observe)
-        .build();
+    times("fraiseql.stream.time", "Where the consumer's half of the streams' life goes", |totals| {
+        by("state", &STATES, &totals.time)
+    });
+    times(
+        "fraiseql.producer.time",
+        "Where the producer's half goes: waiting for Postgres, or for room",
+        |totals| by("state", &["source", "room"], &totals.producer),
+    );
+    times(
+        "fraiseql.channel.backlog.time",
+        "Time in which the consumer was busy while rows waited for it",
+        |totals| vec![(None, totals.backlog)],
+    );
 }
 
-fn counter(
-    meter: &Meter,
-    registry: &Arc<Registry>,
-    (name, unit, about): (&'static str, &'static str, &'static str),
-    values: impl Fn(&Totals) -> Values + Send + Sync + 'static,
-) {
-    let registry = Arc::clone(registry);
-    let observe = move |instrument: &dyn AsyncInstrument<u64>| {
-        registry.totals(|entity, totals| {
-            for (own, value) in values(totals) {
-                instrument.observe(value, &attributes(entity, own));
-            }
-        });
+fn observe_counts(meter: &Meter, registry: &Arc<Registry>) {
+    let counts = |about: About, values: fn(&Totals) -> Values| {
+        let registry = Arc::clone(registry);
+        let observe = move |instrument: &dyn AsyncInstrument<u64>| {
+            tell(&registry, values, |value, attributes| instrument.observe(value, attributes));
+        };
+        let builder = meter.u64_observable_counter(about.name).with_unit(about.unit);
+        builder.with_description(about.description).with_callback(observe).build();
     };
-    meter
-        .u64_observable_counter(name)
-        .with_unit(unit)
-        .with_description(about)
-        .with_callback(observe)
-        .build();
+    counts(about("fraiseql.stream.rows", "{row}", "Rows by what became of them"), |totals| {
+        by("outcome", &OUTCOMES, &totals.rows)
+    });
+    counts(about("fraiseql.stream.io", "By", "Payload received"), |totals| vec![(None, totals.bytes)]);
+    // Chunks have a fixed size so far: true zeros, on which panels can already stand.
+    counts(about("fraiseql.chunk.adjustments", "{adjustment}", "Changes of the chunk size"), |_| {
+        by("direction", &["up", "down"], &[0, 0])
+    });
 }
 
 fn observe_levels(meter: &Meter, registry: &Arc<Registry>) {
-    let level = |name, unit, about, value: fn(&Levels) -> usize| {
+    let level = |about: About, value: fn(&Levels) -> usize| {
         let registry = Arc::clone(registry);
         let observe = move |instrument: &dyn AsyncInstrument<i64>| {
             registry.levels(|entity, levels| {
@@ -282,57 +206,43 @@ fn observe_levels(meter: &Meter, registry: &Arc<Registry>) {
                 instrument.observe(value, std::slice::from_ref(entity));
             });
         };
-        meter
-            .i64_observable_up_down_counter(name)
-            .with_unit(unit)
-            .with_description(about)
-            .with_callback(observe)
-            .build();
+        let builder = meter.i64_observable_up_down_counter(about.name).with_unit(about.unit);
+        builder.with_description(about.description).with_callback(observe).build();
     };
+    level(about("fraiseql.channel.row.count", "{row}", "Rows that wait in the channels"), |levels| {
+        levels.rows
+    });
+    level(about("fraiseql.channel.row.limit", "{row}", "Rows that may wait there"), |levels| {
+        levels.row_limit
+    });
     level(
-        "fraiseql.channel.row.count",
-        "{row}",
-        "Rows that wait in the channels of live streams",
-        |levels| levels.rows,
-    );
-    level(
-        "fraiseql.channel.row.limit",
-        "{row}",
-        "Rows that may wait there",
-        |levels| levels.row_limit,
-    );
-    level(
-        "fraiseql.channel.memory.usage",
-        "By",
-        "Payload bytes that wait in the channels of live streams",
+        about("fraiseql.channel.memory.usage", "By", "Payload bytes that wait in the channels"),
         |levels| levels.bytes,
     );
-    level(
-        "fraiseql.channel.memory.limit",
-        "By",
-        "Payload bytes that may wait there",
-        |levels| levels.byte_limit,
-    );
-    level(
-        "fraiseql.stream.active",
-        "{stream}",
-        "Live streams",
-        |levels| levels.streams,
-    );
+    level(about("fraiseql.channel.memory.limit", "By", "Payload bytes that may wait there"), |levels| {
+        levels.byte_limit
+    });
+    level(about("fraiseql.stream.active", "{stream}", "Live streams"), |levels| levels.streams);
     let registry = Arc::clone(registry);
     let observe = move |instrument: &dyn AsyncInstrument<f64>| {
         registry.levels(|entity, levels| {
-            instrument.observe(
-                levels.since_last_row as f64 / 1e9,
-                std::slice::from_ref(entity),
-            );
+            instrument.observe(seconds(levels.since_last_row), std::slice::from_ref(entity));
         });
     };
-    let name = "fraiseql.stream.since_last_row";
-    meter
-        .f64_observable_gauge(name)
-        .with_unit("s")
+    let builder = meter.f64_observable_gauge("fraiseql.stream.since_last_row").with_unit("s");
+    builder
         .with_description("The longest time without a row over the live streams")
         .with_callback(observe)
         .build();
+}
+
+/// Tells the values of all entities, each with its attributes.
+fn tell(registry: &Registry, values: fn(&Totals) -> Values, mut observe: impl FnMut(u64, &[KeyValue])) {
+    registry.totals(|entity, totals| {
+        for (own, value) in values(totals) {
+            let own = own.map(|(key, name)| KeyValue::new(key, name));
+            let attributes: Vec<_> = std::iter::once(entity.clone()).chain(own).collect();
+            observe(value, &attributes);
+        }
+    });
 }

@@ -6,9 +6,9 @@ mod registry;
 mod spans;
 
 pub use instruments::Instruments;
-pub(crate) use recorder::{Batch, Recorder, heartbeat, summary};
+pub(crate) use recorder::{Batch, Recorder, heartbeat};
 pub use spans::PollSpans;
-pub(crate) use spans::{Query, query_span};
+pub(crate) use spans::Query;
 
 /// The name of the crate's meter and the target of its spans and log records.
 pub(crate) const SCOPE: &str = "fraiseql_stream";

@@ -1,12 +1,10 @@
 //! One stream's telemetry: what is recorded at its start, at each poll batch, and once at its end.
 
-use std::sync::Arc;
-
 use opentelemetry::KeyValue;
 use tracing::{Span, debug, info};
 
 use super::registry::Live;
-use super::spans::{BatchSpans, Query, Sums, int, seconds};
+use super::spans::{BatchSpans, Query, Sums, int, query_span, seconds};
 use super::{FIRST_ROW, Instruments, PollSpans, SCOPE};
 use crate::error::Error;
 use crate::stats::{Observer, Stats};
@@ -37,15 +35,17 @@ pub(crate) struct Recorder {
 }
 
 impl Recorder {
+    /// The stream begins: its query span opens below the caller's current span.
     pub(crate) fn start(
         instruments: &Instruments,
         stream: Observer,
-        span: Span,
         query: &Query<'_>,
         spans: PollSpans,
     ) -> Self {
         let entity = instruments.0.registry.entity(&stream.entity);
-        let recorder = Self {
+        let span = query_span(query);
+        span.in_scope(|| debug!(target: SCOPE, entity = &*stream.entity, "stream started"));
+        Self {
             instruments: instruments.clone(),
             span,
             batches: BatchSpans::new(spans),
@@ -54,18 +54,17 @@ impl Recorder {
             live: Some(Live::new(entity, stream.clone())),
             stream,
             first_row: false,
-        };
-        let _in_query = recorder.span.enter();
-        debug!(target: SCOPE, entity = &*recorder.stream.entity, "stream started");
-        drop(_in_query);
-        recorder
+        }
+    }
+
+    pub(crate) fn span(&self) -> &Span {
+        &self.span
     }
 
     /// A poll begins that is not served from the chunk in hand.
     pub(crate) fn polled(&mut self, now: Nanos) {
         if !self.batches.is_off() && !self.span.is_disabled() {
-            self.batches
-                .begin(&self.span, now, self.stream.gauge.ledger.read_decode());
+            self.batches.begin(&self.span, now, self.stream.gauge.ledger.read_decode());
         }
     }
 
@@ -75,18 +74,13 @@ impl Recorder {
         let entity = std::slice::from_ref(&self.entity);
         let by_rows = batch.rows_before as f64 / limits.rows as f64;
         let by_bytes = batch.bytes_before as f64 / limits.bytes as f64;
-        instruments
-            .occupancy
-            .record(batch.rows_before as u64, entity);
-        instruments
-            .utilization
-            .record(by_rows.max(by_bytes), entity);
+        instruments.occupancy.record(batch.rows_before as u64, entity);
+        instruments.utilization.record(by_rows.max(by_bytes), entity);
         instruments.chunk_size.record(batch.rows as u64, entity);
         if !self.first_row {
             self.first_row = true;
             instruments.time_to_first_row.record(seconds(now), entity);
-            self.span
-                .in_scope(|| debug!(target: FIRST_ROW, "first row"));
+            self.span.in_scope(|| debug!(target: FIRST_ROW, "first row"));
         }
         self.batches.taken(
             now,
@@ -123,8 +117,7 @@ impl Recorder {
 
     fn count_end(&self, stats: &Stats, outcome: &'static str, error: Option<&Error>) {
         let instruments = &self.instruments.0;
-        let error_type =
-            error.map(|error| KeyValue::new("error.type", error.type_name().to_owned()));
+        let error_type = error.map(|error| KeyValue::new("error.type", error.type_name().to_owned()));
         let attributes: Vec<_> = [self.entity.clone(), KeyValue::new("outcome", outcome)]
             .into_iter()
             .chain(error_type.clone())
@@ -133,17 +126,10 @@ impl Recorder {
         let mut database = self.database.clone();
         database.extend(error_type);
         if let Some(code) = error.and_then(Error::sqlstate) {
-            database.push(KeyValue::new(
-                "db.response.status_code",
-                code.code().to_owned(),
-            ));
+            database.push(KeyValue::new("db.response.status_code", code.code().to_owned()));
         }
-        instruments
-            .operation_duration
-            .record(stats.elapsed.as_secs_f64(), &database);
-        instruments
-            .returned_rows
-            .record(stats.rows + stats.filtered + stats.failed, &database);
+        instruments.operation_duration.record(stats.elapsed.as_secs_f64(), &database);
+        instruments.returned_rows.record(stats.rows + stats.filtered + stats.failed, &database);
     }
 
     fn end_span(&self, stats: &Stats, outcome: &str, error: Option<&Error>) {
@@ -161,10 +147,7 @@ impl Recorder {
         span.record("fraiseql.time.decode", time.decode.as_secs_f64());
         span.record("fraiseql.time.consumer", time.consumer.as_secs_f64());
         span.record("fraiseql.time.paused", time.paused.as_secs_f64());
-        span.record(
-            "db.response.returned_rows",
-            stats.rows + stats.filtered + stats.failed,
-        );
+        span.record("db.response.returned_rows", stats.rows + stats.filtered + stats.failed);
         if let Some(error) = error {
             span.record("error.type", error.type_name());
             span.record("otel.status_code", "error");
@@ -192,8 +175,8 @@ fn database(query: &Query<'_>, entity: &KeyValue) -> Vec<KeyValue> {
         KeyValue::new("db.operation.name", "SELECT"),
         KeyValue::new("server.address", query.address.to_owned()),
     ];
-    if let Some(namespace) = query.namespace {
-        attributes.push(KeyValue::new("db.namespace", namespace.to_owned()));
+    if let Some(namespace) = &query.namespace {
+        attributes.push(KeyValue::new("db.namespace", namespace.clone()));
     }
     if let Some(port) = query.port {
         attributes.push(KeyValue::new("server.port", i64::from(port)));
@@ -220,9 +203,4 @@ pub(crate) async fn heartbeat(stream: Observer, span: Span) {
             "{stats}",
         );
     }
-}
-
-/// For the summary of a query: what is done, to what.
-pub(crate) fn summary(entity: &Arc<str>) -> String {
-    format!("SELECT {entity}")
 }

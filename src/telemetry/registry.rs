@@ -94,11 +94,8 @@ impl Totals {
     }
 
     fn add(&mut self, more: &Self) {
-        let add = |sums: &mut [u64], more: &[u64]| {
-            sums.iter_mut()
-                .zip(more)
-                .for_each(|(sum, more)| *sum += more)
-        };
+        let add =
+            |sums: &mut [u64], more: &[u64]| sums.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
         add(&mut self.time, &more.time);
         add(&mut self.producer, &more.producer);
         add(&mut self.rows, &more.rows);
@@ -114,11 +111,7 @@ impl Registry {
         if let Some(entity) = entities.get(name) {
             return Arc::clone(entity);
         }
-        let name = if entities.len() < MOST_ENTITIES {
-            Arc::clone(name)
-        } else {
-            self.overflow()
-        };
+        let name = if entities.len() < MOST_ENTITIES { Arc::clone(name) } else { self.overflow() };
         let entity = || {
             Arc::new(Entity {
                 attribute: KeyValue::new("entity", Arc::clone(&name)),
@@ -199,17 +192,14 @@ impl Tracked {
 
 /// A stream's membership among the live ones; dropped, it is folded into the entity's totals.
 #[derive(Debug)]
-pub(crate) struct Live {
+pub(super) struct Live {
     entity: Arc<Entity>,
     stream: Observer,
 }
 
 impl Live {
     pub(super) fn new(entity: Arc<Entity>, stream: Observer) -> Self {
-        let tracked = Tracked {
-            stream: stream.clone(),
-            seen: (0, 0),
-        };
+        let tracked = Tracked { stream: stream.clone(), seen: (0, 0) };
         lock(&entity.streams).live.push(tracked);
         Self { entity, stream }
     }
@@ -218,9 +208,7 @@ impl Live {
 impl Drop for Live {
     fn drop(&mut self) {
         let mut streams = lock(&self.entity.streams);
-        streams
-            .live
-            .retain(|tracked| !Arc::ptr_eq(&tracked.stream.gauge, &self.stream.gauge));
+        streams.live.retain(|tracked| !Arc::ptr_eq(&tracked.stream.gauge, &self.stream.gauge));
         streams.ended.add(&Totals::of(&self.stream));
     }
 }

@@ -44,7 +44,7 @@ const GROUP_TIME: Nanos = 10_000_000;
 pub(crate) struct Query<'a> {
     pub(crate) entity: &'a str,
     pub(crate) summary: &'a str,
-    pub(crate) namespace: Option<&'a str>,
+    pub(crate) namespace: Option<String>,
     pub(crate) address: &'a str,
     /// Where it is not 5432.
     pub(crate) port: Option<u16>,
@@ -53,7 +53,7 @@ pub(crate) struct Query<'a> {
 }
 
 /// A CLIENT span after the database conventions, below the caller's current span.
-pub(crate) fn query_span(query: &Query<'_>) -> Span {
+pub(super) fn query_span(query: &Query<'_>) -> Span {
     info_span!(
         target: SCOPE,
         "query",
@@ -62,7 +62,7 @@ pub(crate) fn query_span(query: &Query<'_>) -> Span {
         otel.status_code = Empty,
         otel.status_description = Empty,
         db.system.name = "postgresql",
-        db.namespace = query.namespace,
+        db.namespace = query.namespace.as_deref(),
         db.collection.name = query.entity,
         db.operation.name = "SELECT",
         db.query.summary = query.summary,
@@ -90,13 +90,13 @@ pub(crate) fn query_span(query: &Query<'_>) -> Span {
 
 /// What a poll batch adds to the span that covers it.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Sums {
-    pub(crate) batches: u64,
-    pub(crate) rows: usize,
-    pub(crate) bytes: usize,
-    pub(crate) wait: Nanos,
-    pub(crate) occupancy_before: usize,
-    pub(crate) occupancy_after: usize,
+pub(super) struct Sums {
+    pub(super) batches: u64,
+    pub(super) rows: usize,
+    pub(super) bytes: usize,
+    pub(super) wait: Nanos,
+    pub(super) occupancy_before: usize,
+    pub(super) occupancy_after: usize,
 }
 
 /// Opens and closes the spans of one stream's poll batches.
@@ -123,12 +123,7 @@ struct Open {
 
 impl BatchSpans {
     pub(super) fn new(mode: PollSpans) -> Self {
-        Self {
-            mode,
-            made: 0,
-            cover: 1,
-            open: None,
-        }
+        Self { mode, made: 0, cover: 1, open: None }
     }
 
     pub(super) fn is_off(&self) -> bool {
@@ -155,14 +150,8 @@ impl BatchSpans {
             fraiseql.time.wait = Empty,
             fraiseql.time.decode = Empty,
         );
-        self.open = Some(Open {
-            span,
-            sums: Sums::default(),
-            groups: 0,
-            group_rows: 0,
-            group_since: now,
-            decoded,
-        });
+        self.open =
+            Some(Open { span, sums: Sums::default(), groups: 0, group_rows: 0, group_since: now, decoded });
     }
 
     /// The rows are in hand: here the span ends for now, whatever the consumer does next.
@@ -174,11 +163,7 @@ impl BatchSpans {
             rows: open.sums.rows + batch.rows,
             bytes: open.sums.bytes + batch.bytes,
             wait: open.sums.wait + batch.wait,
-            occupancy_before: if first {
-                batch.occupancy_before
-            } else {
-                open.sums.occupancy_before
-            },
+            occupancy_before: if first { batch.occupancy_before } else { open.sums.occupancy_before },
             occupancy_after: batch.occupancy_after,
         };
         open.group_rows += batch.rows;
@@ -193,28 +178,16 @@ impl BatchSpans {
 
     /// Nothing more comes, or enough is covered.
     pub(super) fn close(&mut self, decoded: Nanos) {
-        let Some(Open {
-            span,
-            sums,
-            decoded: before,
-            ..
-        }) = self.open.take()
-        else {
+        let Some(Open { span, sums, decoded: before, .. }) = self.open.take() else {
             return;
         };
         span.record("fraiseql.batches", int(sums.batches));
         span.record("fraiseql.rows", int(sums.rows as u64));
         span.record("fraiseql.bytes", int(sums.bytes as u64));
-        span.record(
-            "fraiseql.occupancy.before",
-            int(sums.occupancy_before as u64),
-        );
+        span.record("fraiseql.occupancy.before", int(sums.occupancy_before as u64));
         span.record("fraiseql.occupancy.after", int(sums.occupancy_after as u64));
         span.record("fraiseql.time.wait", seconds(sums.wait));
-        span.record(
-            "fraiseql.time.decode",
-            seconds(decoded.saturating_sub(before)),
-        );
+        span.record("fraiseql.time.decode", seconds(decoded.saturating_sub(before)));
         self.made += 1;
         if let PollSpans::Budget(budget) = self.mode
             && self.made.is_multiple_of(budget.max(1))
