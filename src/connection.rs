@@ -127,7 +127,7 @@ impl Connection {
     }
 
     pub(crate) async fn idle(&self) -> Result<()> {
-        self.session.lease().await.map(drop)
+        self.session.turn().await.map(drop)
     }
 }
 

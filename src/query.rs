@@ -142,7 +142,8 @@ impl<'p, T: FromJson, C: BorrowMut<Connection>> Query<'p, T, C> {
     async fn start(self, entity: &Arc<str>) -> Result<JsonStream<T, C>> {
         let limits = Limits::new(self.chunk_size, self.max_memory)?;
         let text = self.sql.text()?;
-        let lease = self.connection.borrow().session.lease().await?;
+        let session = Arc::clone(&self.connection.borrow().session);
+        let turn = session.turn().await?;
 
         let (sender, receiver) = bounded(limits, Clock::start());
         let observer = Observer {
@@ -156,7 +157,8 @@ impl<'p, T: FromJson, C: BorrowMut<Connection>> Query<'p, T, C> {
 
         let (types, prepared) = oneshot::channel();
         let (bind, values) = oneshot::channel();
-        let work = produce(Task { lease: lease.below(&span), text, sender, types, values });
+        let lease = Lease::new(&session, turn, &span);
+        let work = produce(Task { lease, text, sender, types, values });
         tokio::spawn(async move {
             tokio::select! {
                 biased;

@@ -22,6 +22,7 @@ pub(super) struct Settings {
     pub(super) metric_interval: Duration,
     /// Of one export, retries included.
     pub(super) timeout: Duration,
+    pub(super) service_name: Option<String>,
     pub(super) resource: Vec<KeyValue>,
     /// To be told once something can show it.
     pub(super) warnings: Vec<String>,
@@ -36,6 +37,8 @@ pub(super) struct Signal {
     pub(super) endpoint: Option<String>,
     /// Where it goes, for people.
     pub(super) place: String,
+    /// `traces`, `metrics` or `logs`.
+    pub(super) name: &'static str,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,14 +79,15 @@ impl Settings {
         let mut env = Reader { lookup, warnings: Vec::new() };
         Self {
             disabled: env.flag("OTEL_SDK_DISABLED"),
-            traces: env.signal("TRACES"),
-            metrics: env.signal("METRICS"),
-            logs: env.signal("LOGS"),
+            traces: env.signal("traces"),
+            metrics: env.signal("metrics"),
+            logs: env.signal("logs"),
             sampler: env.sampler(),
             spans: env.batch("BSP", Duration::from_secs(5)),
             records: env.batch("BLRP", Duration::from_secs(1)),
             metric_interval: Duration::from_millis(env.positive("OTEL_METRIC_EXPORT_INTERVAL", 60_000)),
             timeout: Duration::from_millis(env.positive("OTEL_EXPORTER_OTLP_TIMEOUT", 10_000)),
+            service_name: env.get("OTEL_SERVICE_NAME"),
             resource: env.resource(),
             warnings: env.warnings,
         }
@@ -96,7 +100,14 @@ impl Reader<'_> {
     }
 
     fn refuse(&mut self, name: &str, value: &str, instead: impl Display) {
-        self.warnings.push(format!("{name}={value:?} makes no sense here: using {instead}"));
+        self.warn(format!("{name}={value:?} makes no sense here: using {instead}"));
+    }
+
+    /// Once, though three signals read the same general variable.
+    fn warn(&mut self, warning: String) {
+        if !self.warnings.contains(&warning) {
+            self.warnings.push(warning);
+        }
     }
 
     /// Only `true` is true.
@@ -131,10 +142,13 @@ impl Reader<'_> {
         Batch { queue, most: most.min(queue), delay: Duration::from_millis(delay) }
     }
 
-    fn signal(&mut self, signal: &str) -> Signal {
+    fn signal(&mut self, name: &'static str) -> Signal {
+        let signal = &name.to_ascii_uppercase();
         let protocol = self.protocol(signal);
         let (endpoint, place) = self.endpoint(signal, protocol);
-        Signal { exporters: self.exporters(signal), protocol, endpoint, place }
+        self.check_headers(signal);
+        self.check_compression(signal);
+        Signal { exporters: self.exporters(signal), protocol, endpoint, place, name }
     }
 
     fn exporters(&mut self, signal: &str) -> Vec<Exporter> {
@@ -157,12 +171,34 @@ impl Reader<'_> {
         exporters
     }
 
+    /// The signal's own variable of the exporter if it is set, else the general one.
+    fn own_or_general(&self, signal: &str, what: &str) -> Option<(String, String)> {
+        let names = [format!("OTEL_EXPORTER_OTLP_{signal}_{what}"), format!("OTEL_EXPORTER_OTLP_{what}")];
+        names.into_iter().find_map(|name| self.get(&name).map(|value| (name, value)))
+    }
+
+    /// The exporter reads these by itself, and drops what it can't read without a word.
+    fn check_headers(&mut self, signal: &str) {
+        if let Some((name, value)) = self.own_or_general(signal, "HEADERS")
+            && value.split(',').any(|pair| !pair.trim().is_empty() && !pair.contains('='))
+        {
+            self.warn(format!("{name} is not of the form key=value,key=value (not shown, it may hold a secret): what can't be read is left out"));
+        }
+    }
+
+    fn check_compression(&mut self, signal: &str) {
+        if let Some((name, value)) = self.own_or_general(signal, "COMPRESSION")
+            && !["gzip", "none"].contains(&value.to_ascii_lowercase().as_str())
+        {
+            self.refuse(&name, &value, "none (one of gzip, none is wanted)");
+        }
+    }
+
     fn protocol(&mut self, signal: &str) -> Protocol {
-        let own = format!("OTEL_EXPORTER_OTLP_{signal}_PROTOCOL");
-        let name = if self.get(&own).is_some() { own.as_str() } else { "OTEL_EXPORTER_OTLP_PROTOCOL" };
-        let Some(value) = self.get(name) else {
+        let Some((name, value)) = self.own_or_general(signal, "PROTOCOL") else {
             return Protocol::default();
         };
+        let name = name.as_str();
         match value.to_ascii_lowercase().as_str() {
             "http/protobuf" => Protocol::HttpProtobuf,
             "grpc" if cfg!(feature = "otlp-grpc") => Protocol::Grpc,
@@ -183,9 +219,7 @@ impl Reader<'_> {
             Protocol::HttpProtobuf => "http://localhost:4318",
             Protocol::Grpc => "http://localhost:4317",
         };
-        let own = format!("OTEL_EXPORTER_OTLP_{signal}_ENDPOINT");
-        let name = if self.get(&own).is_some() { own.as_str() } else { "OTEL_EXPORTER_OTLP_ENDPOINT" };
-        let Some(value) = self.get(name) else {
+        let Some((name, value)) = self.own_or_general(signal, "ENDPOINT") else {
             return (None, default.to_owned());
         };
         let url =
@@ -195,7 +229,7 @@ impl Reader<'_> {
             let port = url.port().map_or_else(String::new, |port| format!(":{port}"));
             return (None, format!("{}://{}{port}", url.scheme(), url.host_str().unwrap_or_default()));
         }
-        self.warnings.push(format!("{name} is no URL such as http://localhost:4318: using {default}"));
+        self.warn(format!("{name} is no URL such as http://localhost:4318: using the default"));
         let path = match protocol {
             Protocol::HttpProtobuf => format!("/v1/{}", signal.to_ascii_lowercase()),
             Protocol::Grpc => String::new(),
@@ -321,7 +355,10 @@ mod tests {
             ("OTEL_SDK_DISABLED", "yes"),
             ("OTEL_TRACES_EXPORTER", "carrier-pigeon"),
             ("OTEL_EXPORTER_OTLP_PROTOCOL", "smoke"),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "nowhere"),
             ("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", "nowhere"),
+            ("OTEL_EXPORTER_OTLP_COMPRESSION", "tightly"),
+            ("OTEL_EXPORTER_OTLP_HEADERS", "Bearer"),
             ("OTEL_TRACES_SAMPLER", "sometimes"),
             ("OTEL_BSP_MAX_QUEUE_SIZE", "0"),
             ("OTEL_BSP_SCHEDULE_DELAY", "soon"),
@@ -331,7 +368,7 @@ mod tests {
         ] {
             let settings = read(&[(name, value)]);
             let told: Vec<_> = settings.warnings.iter().filter(|warning| warning.contains(name)).collect();
-            assert!(!told.is_empty(), "{name}");
+            assert_eq!((told.len(), settings.warnings.len()), (1, 1), "{name}");
             assert!(!settings.disabled && settings.traces.exporters == [Exporter::Otlp]);
             assert_eq!(settings.spans, read(&[]).spans);
             assert_eq!(

@@ -9,6 +9,9 @@ use opentelemetry_sdk::error::OTelSdkResult;
 use super::providers::Providers;
 use super::report::{Health, unreachable};
 
+/// Each signal and where it goes.
+pub(super) type Places = Vec<(&'static str, String)>;
+
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Keeps telemetry going, and flushes it at the end.
@@ -20,13 +23,13 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Guard {
     providers: Option<Providers>,
     health: Arc<Health>,
-    place: String,
+    places: Places,
     timeout: Duration,
 }
 
 impl Guard {
-    pub(super) fn new(providers: Providers, health: Arc<Health>, place: String) -> Self {
-        Self { providers: Some(providers), health, place, timeout: TIMEOUT }
+    pub(super) fn new(providers: Providers, health: Arc<Health>, places: Places) -> Self {
+        Self { providers: Some(providers), health, places, timeout: TIMEOUT }
     }
 
     /// How long a shutdown may take. Defaults to 5 s.
@@ -83,7 +86,7 @@ impl Guard {
         Some(Flush {
             providers,
             health: Arc::clone(&self.health),
-            place: self.place.clone(),
+            places: self.places.clone(),
             timeout: self.timeout,
         })
     }
@@ -101,7 +104,7 @@ impl Drop for Guard {
 struct Flush {
     providers: Providers,
     health: Arc<Health>,
-    place: String,
+    places: Places,
     timeout: Duration,
 }
 
@@ -150,17 +153,17 @@ impl Flush {
     }
 
     fn conclude(&self, lost: &[&str], late: &[&str]) -> Result<(), ShutdownError> {
-        let signals = [lost, late].concat().join(", ");
-        if signals.is_empty() {
+        let signals = [lost, late].concat();
+        let Some((_, place)) = self.places.iter().find(|(signal, _)| signals.contains(signal)) else {
             return Ok(());
-        }
+        };
         let why = if late.is_empty() {
-            unreachable(&self.place).unwrap_or_else(|| "the collector refused it".to_owned())
+            unreachable(place).unwrap_or_else(|| "the collector refused it".to_owned())
         } else {
             format!("no answer within {:.1} s", self.timeout.as_secs_f64())
         };
-        let error =
-            ShutdownError::new(format!("the last {signals} were not delivered to {}: {why}", self.place));
+        let signals = signals.join(", ");
+        let error = ShutdownError::new(format!("the last {signals} were not delivered to {place}: {why}"));
         if !self.health.is_failing() {
             tracing::warn!("{error}");
         }

@@ -65,8 +65,11 @@ use self::report::Health;
 /// that is away is no error.
 pub fn init() -> Result<Guard, InitError> {
     let (guard, warnings) = start()?;
-    let to_stderr =
-        tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false).without_time();
+    let to_stderr = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_ansi(false)
+        .without_time();
     let to_stderr =
         to_stderr.with_filter(FilterFn::new(is_not_telemetry).with_max_level_hint(LevelFilter::WARN));
     let subscriber =
@@ -119,7 +122,9 @@ fn start() -> Result<(Guard, Vec<String>), InitError> {
     if let Some(tracer) = &providers.tracer {
         global::set_tracer_provider(tracer.clone());
     }
-    Ok((Guard::new(providers, health, settings.traces.place), settings.warnings))
+    let signals = [settings.traces, settings.metrics, settings.logs];
+    let places = signals.map(|signal| (signal.name, signal.place)).to_vec();
+    Ok((Guard::new(providers, health, places), settings.warnings))
 }
 
 impl Guard {

@@ -7,6 +7,7 @@ use opentelemetry_otlp::{LogExporter, MetricExporter, SpanExporter, WithExportCo
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::logs::{BatchConfigBuilder as RecordBatch, BatchLogProcessor, SdkLoggerProvider};
 use opentelemetry_sdk::metrics::{Instrument, PeriodicReader, SdkMeterProvider, Stream};
+use opentelemetry_sdk::resource::{SdkProvidedResourceDetector, TelemetryResourceDetector};
 use opentelemetry_sdk::trace::{BatchConfigBuilder as SpanBatch, BatchSpanProcessor, SdkTracerProvider};
 
 use super::InitError;
@@ -129,18 +130,25 @@ impl Providers {
             #[cfg(not(feature = "otlp-grpc"))]
             _runtime: std::marker::PhantomData,
         };
-        let resource = Resource::builder().with_attributes(settings.resource.clone());
-        let resource = match std::env::var("OTEL_SERVICE_NAME") {
-            // It wins over the attributes, which may name the service too.
-            Ok(name) if !name.is_empty() => resource.with_service_name(name),
-            _ => resource,
-        };
-        let resource = resource.build();
+        let resource = resource(settings);
         let tracer = tracer(settings, &mut transport, health, &resource)?;
         let meter = meter(settings, &mut transport, health, &resource)?;
         let logger = logger(settings, &mut transport, health, &resource)?;
         (providers.tracer, providers.meter, providers.logger) = (tracer, meter, logger);
         Ok(providers)
+    }
+}
+
+/// Who tells all this. The SDK's own detector does not decode the attributes, so it is left out.
+fn resource(settings: &Settings) -> Resource {
+    let resource = Resource::builder_empty()
+        .with_detector(Box::new(SdkProvidedResourceDetector))
+        .with_detector(Box::new(TelemetryResourceDetector))
+        .with_attributes(settings.resource.clone());
+    match &settings.service_name {
+        // It wins over the attributes, which may name the service too.
+        Some(name) => resource.with_service_name(name.clone()).build(),
+        None => resource.build(),
     }
 }
 
@@ -157,8 +165,7 @@ fn tracer(
         builder = match exporter {
             Exporter::Console => builder.with_simple_exporter(opentelemetry_stdout::SpanExporter::default()),
             Exporter::Otlp => {
-                let exporter =
-                    Reported::new(exporter!(SpanExporter, signal, transport), &signal.place, health);
+                let exporter = Reported::new(exporter!(SpanExporter, signal, transport), signal, health);
                 let Batch { queue, most, delay } = settings.spans;
                 let bounds = SpanBatch::default()
                     .with_max_queue_size(queue)
@@ -194,8 +201,7 @@ fn meter(
                     .build(),
             ),
             Exporter::Otlp => {
-                let exporter =
-                    Reported::new(exporter!(MetricExporter, signal, transport), &signal.place, health);
+                let exporter = Reported::new(exporter!(MetricExporter, signal, transport), signal, health);
                 builder.with_reader(PeriodicReader::builder(exporter).with_interval(interval).build())
             }
         };
@@ -215,8 +221,7 @@ fn logger(
         builder = match exporter {
             Exporter::Console => builder.with_simple_exporter(opentelemetry_stdout::LogExporter::default()),
             Exporter::Otlp => {
-                let exporter =
-                    Reported::new(exporter!(LogExporter, signal, transport), &signal.place, health);
+                let exporter = Reported::new(exporter!(LogExporter, signal, transport), signal, health);
                 let Batch { queue, most, delay } = settings.records;
                 let bounds = RecordBatch::default()
                     .with_max_queue_size(queue)

@@ -2,8 +2,7 @@
 
 use std::fmt;
 use std::net::{TcpStream, ToSocketAddrs};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use opentelemetry_sdk::Resource;
@@ -15,30 +14,47 @@ use opentelemetry_sdk::metrics::exporter::PushMetricExporter;
 use opentelemetry_sdk::trace::{SpanData, SpanExporter};
 use reqwest::Url;
 
+use super::env::Signal;
+
 /// Whether telemetry arrives, over all signals of one guard.
 #[derive(Debug, Default)]
 pub(super) struct Health {
-    failing: AtomicBool,
+    /// The signals that do not arrive.
+    failing: Mutex<Vec<&'static str>>,
 }
 
 impl Health {
+    /// It was told, and is not over yet.
     pub(super) fn is_failing(&self) -> bool {
-        self.failing.load(Ordering::Relaxed)
+        !self.failing().is_empty()
     }
 
-    fn note(&self, place: &str, result: &OTelSdkResult) {
+    /// Tells the first failure of all signals, and when the last of them is over.
+    fn note(&self, signal: &'static str, place: &str, result: &OTelSdkResult) {
+        let mut failing = self.failing();
+        let before = failing.len();
+        failing.retain(|other| *other != signal);
         match result {
-            Ok(()) if self.failing.swap(false, Ordering::Relaxed) => {
+            Ok(()) if before > 0 && failing.is_empty() => {
+                drop(failing);
                 tracing::info!("telemetry is delivered to {place} again");
             }
-            Err(error) if !self.failing.swap(true, Ordering::Relaxed) => {
-                let why = unreachable(place).unwrap_or_else(|| error.to_string());
-                tracing::warn!(
-                    "telemetry is not delivered to {place}: {why}; rows are not affected, and this is said once until it works again"
-                );
+            Ok(()) => {}
+            Err(error) => {
+                failing.push(signal);
+                drop(failing);
+                if before == 0 {
+                    let why = unreachable(place).unwrap_or_else(|| error.to_string());
+                    tracing::warn!(
+                        "telemetry ({signal}) is not delivered to {place}: {why}; rows are not affected, and this is said once until it works again"
+                    );
+                }
             }
-            _ => {}
         }
+    }
+
+    fn failing(&self) -> MutexGuard<'_, Vec<&'static str>> {
+        self.failing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -61,17 +77,18 @@ pub(super) fn unreachable(place: &str) -> Option<String> {
 /// An exporter whose failures are told.
 pub(super) struct Reported<E> {
     exporter: E,
+    signal: &'static str,
     place: String,
     health: Arc<Health>,
 }
 
 impl<E> Reported<E> {
-    pub(super) fn new(exporter: E, place: &str, health: &Arc<Health>) -> Self {
-        Self { exporter, place: place.to_owned(), health: Arc::clone(health) }
+    pub(super) fn new(exporter: E, signal: &Signal, health: &Arc<Health>) -> Self {
+        Self { exporter, signal: signal.name, place: signal.place.clone(), health: Arc::clone(health) }
     }
 
     fn note(&self, result: OTelSdkResult) -> OTelSdkResult {
-        self.health.note(&self.place, &result);
+        self.health.note(self.signal, &self.place, &result);
         result
     }
 }

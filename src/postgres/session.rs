@@ -11,11 +11,12 @@ use tokio::time::timeout;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, Statement};
-use tracing::{Instrument, Span};
+use tracing::Instrument;
 
 use super::connect::{self, Peer};
 use super::rows::{RawRows, Value, check_column};
 use crate::error::{Error, ErrorKind, describe};
+use crate::telemetry::QuerySpan;
 
 /// What a cancelled query may take to be gone. Whatever is later costs the connection.
 const CLEAN_UP: Duration = Duration::from_secs(5);
@@ -56,12 +57,12 @@ impl Session {
     }
 
     /// Waits until the query before is gone, its clean-up included.
-    pub(crate) async fn lease(self: &Arc<Self>) -> Result<Lease, Error> {
+    pub(crate) async fn turn(&self) -> Result<OwnedSemaphorePermit, Error> {
         let permit = Arc::clone(&self.turn).acquire_owned().await.map_err(|_| Error::closed())?;
         if self.client.is_closed() {
             return Err(Error::closed());
         }
-        Ok(Lease { session: Arc::clone(self), span: Span::none(), _permit: permit })
+        Ok(permit)
     }
 
     pub(crate) fn is_closed(&self) -> bool {
@@ -102,8 +103,8 @@ fn first_schema(search_path: &str) -> Option<String> {
 pub(crate) struct Lease {
     session: Arc<Session>,
     /// Of the query; a cancel is told below it.
-    span: Span,
-    _permit: OwnedSemaphorePermit,
+    span: QuerySpan,
+    _turn: OwnedSemaphorePermit,
 }
 
 /// The consumer left; the connection was cleaned, or closed where that failed.
@@ -111,8 +112,8 @@ pub(crate) struct Lease {
 pub(crate) struct Cancelled;
 
 impl Lease {
-    pub(crate) fn below(self, span: &Span) -> Self {
-        Self { span: span.clone(), ..self }
+    pub(crate) fn new(session: &Arc<Session>, turn: OwnedSemaphorePermit, span: &QuerySpan) -> Self {
+        Self { session: Arc::clone(session), span: span.clone(), _turn: turn }
     }
 
     /// Prepares a statement and refuses it unless it gives one column of JSON.
@@ -216,7 +217,7 @@ impl Lease {
     async fn send_cancel(&self) -> bool {
         let session = &self.session;
         let span = tracing::info_span!(
-            parent: &self.span,
+            parent: &self.span.get(),
             "cancel",
             otel.kind = "client",
             otel.status_code = tracing::field::Empty,

@@ -8,7 +8,7 @@ mod spans;
 pub use instruments::Instruments;
 pub(crate) use recorder::{Batch, Recorder, heartbeat};
 pub use spans::PollSpans;
-pub(crate) use spans::Query;
+pub(crate) use spans::{Query, QuerySpan};
 
 /// The name of the crate's meter and the target of its spans and log records.
 pub(crate) const SCOPE: &str = "fraiseql_stream";

@@ -1,10 +1,10 @@
 //! One stream's telemetry: what is recorded at its start, at each poll batch, and once at its end.
 
 use opentelemetry::KeyValue;
-use tracing::{Span, debug, info};
+use tracing::{debug, info};
 
 use super::registry::Live;
-use super::spans::{BatchSpans, Query, Sums, int, query_span, seconds};
+use super::spans::{BatchSpans, Query, QuerySpan, Sums, int, seconds};
 use super::{FIRST_ROW, Instruments, PollSpans, SCOPE};
 use crate::error::Error;
 use crate::stats::{Observer, Stats};
@@ -25,7 +25,7 @@ pub(crate) struct Batch {
 pub(crate) struct Recorder {
     instruments: Instruments,
     stream: Observer,
-    span: Span,
+    span: QuerySpan,
     batches: BatchSpans,
     entity: KeyValue,
     /// Attributes of the `db.client` metrics.
@@ -43,12 +43,12 @@ impl Recorder {
         spans: PollSpans,
     ) -> Self {
         let entity = instruments.0.registry.entity(&stream.entity);
-        let span = query_span(query);
-        span.in_scope(|| debug!(target: SCOPE, entity = &*stream.entity, "stream started"));
+        let span = QuerySpan::open(query);
+        span.get().in_scope(|| debug!(target: SCOPE, entity = &*stream.entity, "stream started"));
         Self {
             instruments: instruments.clone(),
+            batches: BatchSpans::new(spans, &span),
             span,
-            batches: BatchSpans::new(spans),
             entity: entity.attribute.clone(),
             database: database(query, &entity.attribute),
             live: Some(Live::new(entity, stream.clone())),
@@ -57,13 +57,13 @@ impl Recorder {
         }
     }
 
-    pub(crate) fn span(&self) -> &Span {
+    pub(crate) fn span(&self) -> &QuerySpan {
         &self.span
     }
 
     /// A poll begins that is not served from the chunk in hand.
     pub(crate) fn polled(&mut self, now: Nanos) {
-        if !self.batches.is_off() && !self.span.is_disabled() {
+        if self.batches.is_wanted() {
             self.batches.begin(&self.span, now, self.stream.gauge.ledger.read_decode());
         }
     }
@@ -80,7 +80,7 @@ impl Recorder {
         if !self.first_row {
             self.first_row = true;
             instruments.time_to_first_row.record(seconds(now), entity);
-            self.span.in_scope(|| debug!(target: FIRST_ROW, "first row"));
+            self.span.get().in_scope(|| debug!(target: FIRST_ROW, "first row"));
         }
         self.batches.taken(
             now,
@@ -109,10 +109,10 @@ impl Recorder {
         };
         self.count_end(&stats, outcome, error);
         self.batches.close(self.stream.gauge.ledger.read_decode());
-        if !self.span.is_disabled() {
-            self.end_span(&stats, outcome, error);
+        self.end_span(&stats, outcome, error);
+        if end.is_some() {
+            self.span.close();
         }
-        self.span = Span::none();
     }
 
     fn count_end(&self, stats: &Stats, outcome: &'static str, error: Option<&Error>) {
@@ -133,7 +133,10 @@ impl Recorder {
     }
 
     fn end_span(&self, stats: &Stats, outcome: &str, error: Option<&Error>) {
-        let (span, shares, time) = (&self.span, stats.shares(), &stats.time);
+        let (span, shares, time) = (&self.span.get(), stats.shares(), &stats.time);
+        if span.is_disabled() {
+            return;
+        }
         span.record("fraiseql.outcome", outcome);
         span.record("fraiseql.verdict", stats.verdict().as_str());
         span.record("fraiseql.share.backlog", shares.backlog);
@@ -147,7 +150,7 @@ impl Recorder {
         span.record("fraiseql.time.decode", time.decode.as_secs_f64());
         span.record("fraiseql.time.consumer", time.consumer.as_secs_f64());
         span.record("fraiseql.time.paused", time.paused.as_secs_f64());
-        span.record("db.response.returned_rows", stats.rows + stats.filtered + stats.failed);
+        span.record("db.response.returned_rows", int(stats.rows + stats.filtered + stats.failed));
         if let Some(error) = error {
             span.record("error.type", error.type_name());
             span.record("otel.status_code", "error");
@@ -186,11 +189,12 @@ fn database(query: &Query<'_>, entity: &KeyValue) -> Vec<KeyValue> {
 
 /// Tells every 30 s how a stream is, in the log and so with its trace id: its root span is exported only at
 /// its end, which may be hours away. Runs until the stream is over.
-pub(crate) async fn heartbeat(stream: Observer, span: Span) {
+pub(crate) async fn heartbeat(stream: Observer, query: QuerySpan) {
     let every = std::time::Duration::from_secs(30);
     loop {
         tokio::time::sleep(every).await;
         let stats = stream.stats();
+        let span = query.get();
         let _in_query = span.enter();
         info!(
             target: SCOPE,

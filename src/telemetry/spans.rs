@@ -1,5 +1,7 @@
 //! The query span, and the spans of poll batches within their budget.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use tracing::field::Empty;
 use tracing::{Span, info_span};
 
@@ -21,7 +23,8 @@ use crate::time::Nanos;
 pub enum PollSpans {
     /// One for every poll batch. A fast stream makes tens of thousands a second: for debugging.
     Every,
-    /// A span covers poll batches of together at least 256 rows or 10 ms. After so many spans each covers
+    /// A span covers poll batches of together at least 256 rows or 10 ms, or up to a pause of the consumer
+    /// of 1 ms. After so many spans each covers
     /// two such groups, after as many again four, and so on; the sums over all spans stay complete.
     Budget(u32),
     /// None; the query span remains.
@@ -38,6 +41,8 @@ impl Default for PollSpans {
 /// A group is worth a span when it has so many rows, or took so long.
 const GROUP_ROWS: usize = 256;
 const GROUP_TIME: Nanos = 10_000_000;
+/// A consumer that is away for so long ends the group: its time must show as a gap.
+const GAP: Nanos = 1_000_000;
 
 /// What the query span says from its start.
 #[derive(Debug)]
@@ -52,8 +57,31 @@ pub(crate) struct Query<'a> {
     pub(crate) text: Option<&'a str>,
 }
 
+/// The span of a query, shared by all who tell something below it. It ends for all of them at once: a span is
+/// exported when the last handle is gone, and must not be kept from that by a task that has not run yet.
+#[derive(Clone, Debug)]
+pub(crate) struct QuerySpan(Arc<Mutex<Span>>);
+
+impl QuerySpan {
+    pub(super) fn open(query: &Query<'_>) -> Self {
+        Self(Arc::new(Mutex::new(query_span(query))))
+    }
+
+    /// The span, or none once it is closed.
+    pub(crate) fn get(&self) -> Span {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn close(&self) {
+        let closed =
+            std::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), Span::none());
+        // Exporters run on its drop, and need no lock of ours.
+        drop(closed);
+    }
+}
+
 /// A CLIENT span after the database conventions, below the caller's current span.
-pub(super) fn query_span(query: &Query<'_>) -> Span {
+fn query_span(query: &Query<'_>) -> Span {
     info_span!(
         target: SCOPE,
         "query",
@@ -103,6 +131,8 @@ pub(super) struct Sums {
 #[derive(Debug)]
 pub(super) struct BatchSpans {
     mode: PollSpans,
+    /// Someone listens to the query span, and so to these.
+    wanted: bool,
     /// Spans made.
     made: u32,
     /// Groups that one span covers now.
@@ -117,22 +147,35 @@ struct Open {
     groups: u32,
     group_rows: usize,
     group_since: Nanos,
+    /// When rows were last in hand.
+    taken: Nanos,
     /// Decoding of the stream when the span began.
     decoded: Nanos,
 }
 
+impl Open {
+    fn end_group(&mut self, now: Nanos) {
+        self.groups += 1;
+        (self.group_rows, self.group_since) = (0, now);
+    }
+}
+
 impl BatchSpans {
-    pub(super) fn new(mode: PollSpans) -> Self {
-        Self { mode, made: 0, cover: 1, open: None }
+    pub(super) fn new(mode: PollSpans, query: &QuerySpan) -> Self {
+        let wanted = mode != PollSpans::Off && !query.get().is_disabled();
+        Self { mode, wanted, made: 0, cover: 1, open: None }
     }
 
-    pub(super) fn is_off(&self) -> bool {
-        self.mode == PollSpans::Off
+    pub(super) fn is_wanted(&self) -> bool {
+        self.wanted
     }
 
     /// A poll begins; `decoded` is the stream's decoding so far.
-    pub(super) fn begin(&mut self, query: &Span, now: Nanos, decoded: Nanos) {
-        if let Some(open) = &self.open {
+    pub(super) fn begin(&mut self, query: &QuerySpan, now: Nanos, decoded: Nanos) {
+        if let Some(open) = &mut self.open {
+            if open.group_rows > 0 && now.saturating_sub(open.taken) >= GAP {
+                open.end_group(now);
+            }
             if open.groups < self.cover {
                 return;
             }
@@ -140,7 +183,7 @@ impl BatchSpans {
         }
         let span = info_span!(
             target: SCOPE,
-            parent: query,
+            parent: &query.get(),
             "poll_batch",
             fraiseql.batches = Empty,
             fraiseql.rows = Empty,
@@ -150,8 +193,15 @@ impl BatchSpans {
             fraiseql.time.wait = Empty,
             fraiseql.time.decode = Empty,
         );
-        self.open =
-            Some(Open { span, sums: Sums::default(), groups: 0, group_rows: 0, group_since: now, decoded });
+        self.open = Some(Open {
+            span,
+            sums: Sums::default(),
+            groups: 0,
+            group_rows: 0,
+            group_since: now,
+            taken: now,
+            decoded,
+        });
     }
 
     /// The rows are in hand: here the span ends for now, whatever the consumer does next.
@@ -168,9 +218,9 @@ impl BatchSpans {
         };
         open.group_rows += batch.rows;
         let long = now.saturating_sub(open.group_since) >= GROUP_TIME;
+        open.taken = now;
         if self.mode == PollSpans::Every || open.group_rows >= GROUP_ROWS || long {
-            open.groups += 1;
-            (open.group_rows, open.group_since) = (0, now);
+            open.end_group(now);
         }
         // The exporting layer takes the last exit of a span as its end.
         open.span.in_scope(|| ());
