@@ -76,3 +76,8 @@ pub use stats::{Observer, ProducerTime, Shares, Stats, StreamTime, Verdict};
 pub use stream::JsonStream;
 pub use telemetry::{Instruments, PollSpans};
 pub use tokio_postgres;
+
+// The examples of the README compile, too.
+#[cfg(all(doctest, feature = "otlp"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use opentelemetry::KeyValue;
 use opentelemetry_otlp::{LogExporter, MetricExporter, SpanExporter, WithExportConfig, WithHttpConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::logs::{BatchConfigBuilder as RecordBatch, BatchLogProcessor, SdkLoggerProvider};
@@ -144,12 +145,28 @@ fn resource(settings: &Settings) -> Resource {
     let resource = Resource::builder_empty()
         .with_detector(Box::new(SdkProvidedResourceDetector))
         .with_detector(Box::new(TelemetryResourceDetector))
+        // Without it, a collector takes the series of a service's many instances for one.
+        .with_attribute(KeyValue::new("service.instance.id", random_id()))
         .with_attributes(settings.resource.clone());
     match &settings.service_name {
         // It wins over the attributes, which may name the service too.
         Some(name) => resource.with_service_name(name.clone()).build(),
         None => resource.build(),
     }
+}
+
+/// A UUID of version 4, from the randomness that seeds the standard library's hash maps.
+fn random_id() -> String {
+    let half = || std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), ());
+    let (high, low) = (half() & !0xf000 | 0x4000, half() & !(0b11 << 62) | 0b10 << 62);
+    format!(
+        "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
+        high >> 32,
+        high >> 16 & 0xffff,
+        high & 0xffff,
+        low >> 48,
+        low & 0xffff_ffff_ffff
+    )
 }
 
 fn tracer(
