@@ -112,6 +112,33 @@ impl Shared {
         }
         state.consumer.take()
     }
+
+    /// What is next, and the producer if that makes room for it.
+    fn take(&self, state: &mut State) -> Option<(Taken, Option<Waker>)> {
+        let gauge = &self.gauge;
+        let ledger = &gauge.ledger;
+        let Some(chunk) = state.chunks.pop_front() else {
+            let end = match state.end.take() {
+                Some(end) => Taken::End(end),
+                None if state.sender_gone => Taken::Lost,
+                None => return None,
+            };
+            ledger.end_consumer(ledger.now());
+            state.receiver_gone = true;
+            return Some((end, state.producer.take()));
+        };
+        let occupancy = Occupancy { rows: state.rows, bytes: state.bytes };
+        state.rows -= chunk.rows();
+        state.bytes -= chunk.bytes();
+        gauge.set(state);
+        let next = busy(state);
+        if !ledger.consumer_is(next) {
+            ledger.consumer(next, ledger.now());
+        }
+        state.consumer = None;
+        let producer = if ledger.producer_is(Producer::Room) { state.producer.take() } else { None };
+        Some((Taken::Chunk { chunk, occupancy }, producer))
+    }
 }
 
 fn register(slot: &mut Option<Waker>, cx: &Context<'_>) {
@@ -257,10 +284,9 @@ impl Receiver {
 
     /// Takes what is next, or waits for it. Once the end was taken, it must not be called again.
     pub(crate) fn poll_take(&mut self, cx: &Context<'_>) -> Poll<Taken> {
-        let shared = Arc::clone(&self.0);
-        let mut state = shared.lock();
-        let Some((taken, producer)) = self.take(&mut state) else {
-            let ledger = &shared.gauge.ledger;
+        let mut state = self.0.lock();
+        let Some((taken, producer)) = self.0.take(&mut state) else {
+            let ledger = &self.0.gauge.ledger;
             if !ledger.consumer_is(Consumer::SourceWait) {
                 ledger.consumer(Consumer::SourceWait, ledger.now());
             }
@@ -274,9 +300,8 @@ impl Receiver {
 
     /// Takes what is there. Looking is not waiting: an empty channel changes no state.
     pub(crate) fn try_take(&mut self) -> Option<Taken> {
-        let shared = Arc::clone(&self.0);
-        let mut state = shared.lock();
-        let (taken, producer) = self.take(&mut state)?;
+        let mut state = self.0.lock();
+        let (taken, producer) = self.0.take(&mut state)?;
         drop(state);
         wake(producer);
         Some(taken)
@@ -321,32 +346,6 @@ impl Receiver {
         drop(state);
         drop(rows);
         wake(producer);
-    }
-
-    fn take(&mut self, state: &mut State) -> Option<(Taken, Option<Waker>)> {
-        let Shared { gauge, .. } = &*self.0;
-        let ledger = &gauge.ledger;
-        let Some(chunk) = state.chunks.pop_front() else {
-            let end = match state.end.take() {
-                Some(end) => Taken::End(end),
-                None if state.sender_gone => Taken::Lost,
-                None => return None,
-            };
-            ledger.end_consumer(ledger.now());
-            state.receiver_gone = true;
-            return Some((end, state.producer.take()));
-        };
-        let occupancy = Occupancy { rows: state.rows, bytes: state.bytes };
-        state.rows -= chunk.rows();
-        state.bytes -= chunk.bytes();
-        gauge.set(state);
-        let next = busy(state);
-        if !ledger.consumer_is(next) {
-            ledger.consumer(next, ledger.now());
-        }
-        state.consumer = None;
-        let producer = if ledger.producer_is(Producer::Room) { state.producer.take() } else { None };
-        Some((Taken::Chunk { chunk, occupancy }, producer))
     }
 }
 
