@@ -8,6 +8,7 @@ use opentelemetry_sdk::error::OTelSdkResult;
 
 use super::providers::Providers;
 use super::report::{Health, unreachable};
+use crate::telemetry::spans_to_close;
 
 /// Each signal and where it goes.
 pub(super) type Places = Vec<(&'static str, String)>;
@@ -69,15 +70,16 @@ impl Guard {
     /// # }
     /// ```
     pub async fn shutdown(mut self) -> Result<(), ShutdownError> {
-        let (done, end) = tokio::sync::oneshot::channel();
-        if let Some(flush) = self.take() {
-            spawn("fraiseql-otlp-shutdown", move || {
-                // Nobody waits any more if the future was dropped.
-                let _ = done.send(flush.run());
-            });
-        } else {
-            return Ok(());
+        // A stream dropped just before still has its span open until its query is cancelled.
+        if tokio::runtime::Handle::try_current().is_ok() {
+            let _ = tokio::time::timeout(self.timeout / 4, spans_to_close()).await;
         }
+        let (done, end) = tokio::sync::oneshot::channel();
+        let Some(flush) = self.take() else { return Ok(()) };
+        spawn("fraiseql-otlp-shutdown", move || {
+            // Nobody waits any more if the future was dropped.
+            let _ = done.send(flush.run());
+        });
         end.await.unwrap_or_else(|_| Err(ShutdownError::new("no thread could be started to flush telemetry")))
     }
 
@@ -145,14 +147,15 @@ impl Flush {
                 lost.push(signal);
             }
         }
+        let end = self.conclude(&lost, &pending);
         #[cfg(feature = "otlp-grpc")]
         if let Some(runtime) = self.providers.runtime.take() {
             runtime.shutdown_background();
         }
-        self.conclude(&lost, &pending)
+        end
     }
 
-    fn conclude(&self, lost: &[&str], late: &[&str]) -> Result<(), ShutdownError> {
+    fn conclude(&self, lost: &[&'static str], late: &[&'static str]) -> Result<(), ShutdownError> {
         let signals = [lost, late].concat();
         let Some((_, place)) = self.places.iter().find(|(signal, _)| signals.contains(signal)) else {
             return Ok(());
@@ -162,9 +165,11 @@ impl Flush {
         } else {
             format!("no answer within {:.1} s", self.timeout.as_secs_f64())
         };
-        let signals = signals.join(", ");
-        let error = ShutdownError::new(format!("the last {signals} were not delivered to {place}: {why}"));
-        if !self.health.is_failing() {
+        let error = ShutdownError::new(format!(
+            "the last {} were not delivered to {place}: {why}",
+            signals.join(", ")
+        ));
+        if self.health.is_news(&signals) {
             tracing::warn!("{error}");
         }
         Err(error)

@@ -36,8 +36,8 @@ mod report;
 use std::fmt;
 use std::sync::Arc;
 
-use opentelemetry::global;
 use opentelemetry::trace::TracerProvider;
+use opentelemetry::{InstrumentationScope, global};
 use opentelemetry_appender_tracing::layer::OpenTelemetryTracingBridge;
 use tracing::level_filters::LevelFilter;
 use tracing::{Level, Metadata, Subscriber};
@@ -136,17 +136,22 @@ impl Guard {
     {
         let providers = self.providers();
         let spans = providers.and_then(|providers| providers.tracer.as_ref()).map(|provider| {
-            let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer(SCOPE));
+            let scope = InstrumentationScope::builder(SCOPE).with_version(env!("CARGO_PKG_VERSION")).build();
+            let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer_with_scope(scope));
             let lean = layer.with_threads(false).with_location(false).with_tracked_inactivity(false);
-            let wanted = FilterFn::new(belongs_to_trace).with_max_level_hint(LevelFilter::DEBUG);
-            lean.with_target(false).with_filter(wanted)
+            lean.with_target(false)
         });
-        let records = providers.and_then(|providers| providers.logger.as_ref()).map(|provider| {
-            let wanted = FilterFn::new(belongs_to_log).with_max_level_hint(LevelFilter::DEBUG);
-            OpenTelemetryTracingBridge::new(provider).with_filter(wanted)
-        });
-        Layer::and_then(spans, records)
+        let records = providers.and_then(|providers| providers.logger.as_ref());
+        let records = records.map(OpenTelemetryTracingBridge::new);
+        // The filters stand outside of the options: an absent layer would switch off its neighbour.
+        let spans = spans.with_filter(wanted(belongs_to_trace));
+        spans.and_then(records.with_filter(wanted(belongs_to_log)))
     }
+}
+
+/// The streams' own records are the finest that anyone wants.
+fn wanted(belongs: fn(&Metadata<'_>) -> bool) -> FilterFn<fn(&Metadata<'_>) -> bool> {
+    FilterFn::new(belongs).with_max_level_hint(LevelFilter::DEBUG)
 }
 
 /// Spans, and the first row as an event of its span; all other events go to the log, once.

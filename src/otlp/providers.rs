@@ -79,6 +79,8 @@ macro_rules! exporter {
 /// What carries OTLP; made when the first exporter needs it.
 struct Transport<'a> {
     timeout: Duration,
+    /// No endpoint is https.
+    plaintext: bool,
     http: Option<reqwest::blocking::Client>,
     #[cfg(feature = "otlp-grpc")]
     runtime: &'a mut Option<tokio::runtime::Runtime>,
@@ -92,8 +94,10 @@ impl Transport<'_> {
         if let Some(client) = &self.http {
             return Ok(client.clone());
         }
-        let timeout = self.timeout;
-        let make = move || reqwest::blocking::Client::builder().timeout(timeout).build();
+        let client = reqwest::blocking::Client::builder().timeout(self.timeout);
+        // Loading the system's certificates takes longer than all else here; without TLS nobody needs them.
+        let client = if self.plaintext { client.tls_certs_only([]) } else { client };
+        let make = move || client.build();
         let built =
             std::thread::spawn(make).join().map_err(|_| InitError::new("the HTTP client can't be made"))?;
         let client =
@@ -123,8 +127,10 @@ impl Transport<'_> {
 impl Providers {
     pub(super) fn new(settings: &Settings, health: &Arc<Health>) -> Result<Self, InitError> {
         let mut providers = Self::default();
+        let signals = [&settings.traces, &settings.metrics, &settings.logs];
         let mut transport = Transport {
             timeout: settings.timeout,
+            plaintext: signals.iter().all(|signal| signal.place.starts_with("http://")),
             http: None,
             #[cfg(feature = "otlp-grpc")]
             runtime: &mut providers.runtime,

@@ -24,9 +24,12 @@ pub(super) struct Health {
 }
 
 impl Health {
-    /// It was told, and is not over yet.
-    pub(super) fn is_failing(&self) -> bool {
-        !self.failing().is_empty()
+    /// Notes that these signals fail; false if a failure was told before and is not over yet.
+    pub(super) fn is_news(&self, signals: &[&'static str]) -> bool {
+        let mut failing = self.failing();
+        let news = failing.is_empty();
+        failing.extend(signals);
+        news
     }
 
     /// Tells the first failure of all signals, and when the last of them is over.

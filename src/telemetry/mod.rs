@@ -8,6 +8,8 @@ mod spans;
 pub use instruments::Instruments;
 pub(crate) use recorder::{Batch, Recorder, heartbeat};
 pub use spans::PollSpans;
+#[cfg(feature = "otlp")]
+pub(crate) use spans::spans_to_close;
 pub(crate) use spans::{Query, QuerySpan};
 
 /// The name of the crate's meter and the target of its spans and log records.

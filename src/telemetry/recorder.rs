@@ -110,8 +110,10 @@ impl Recorder {
         self.count_end(&stats, outcome, error);
         self.batches.close(self.stream.gauge.ledger.read_decode());
         self.end_span(&stats, outcome, error);
-        if end.is_some() {
-            self.span.close();
+        match end {
+            Some(_) => self.span.close(),
+            // The query is cancelled now, and its cancel told below the span.
+            None => self.span.linger(),
         }
     }
 

@@ -1,7 +1,9 @@
 //! The query span, and the spans of poll batches within their budget.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
+use tokio::sync::watch;
 use tracing::field::Empty;
 use tracing::{Span, info_span};
 
@@ -60,24 +62,59 @@ pub(crate) struct Query<'a> {
 /// The span of a query, shared by all who tell something below it. It ends for all of them at once: a span is
 /// exported when the last handle is gone, and must not be kept from that by a task that has not run yet.
 #[derive(Clone, Debug)]
-pub(crate) struct QuerySpan(Arc<Mutex<Span>>);
+pub(crate) struct QuerySpan(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    span: Mutex<Span>,
+    /// Among those that a shutdown waits for; see `LINGERING`.
+    lingers: AtomicBool,
+}
 
 impl QuerySpan {
     pub(super) fn open(query: &Query<'_>) -> Self {
-        Self(Arc::new(Mutex::new(query_span(query))))
+        Self(Arc::new(Shared { span: Mutex::new(query_span(query)), lingers: AtomicBool::new(false) }))
     }
 
     /// The span, or none once it is closed.
     pub(crate) fn get(&self) -> Span {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.span.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(super) fn close(&self) {
-        let closed =
-            std::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), Span::none());
-        // Exporters run on its drop, and need no lock of ours.
+        let mut span = self.0.span.lock().unwrap_or_else(PoisonError::into_inner);
+        let closed = std::mem::replace(&mut *span, Span::none());
+        drop(span);
+        // Exported here, by code that needs none of our locks.
         drop(closed);
     }
+
+    /// The stream is over; the span closes with the last handle, behind the cancel.
+    pub(super) fn linger(&self) {
+        if !self.0.lingers.swap(true, Ordering::Relaxed) {
+            LINGERING.send_modify(|spans| *spans += 1);
+        }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // Closed before it is counted out.
+        *self.span.get_mut().unwrap_or_else(PoisonError::into_inner) = Span::none();
+        if *self.lingers.get_mut() {
+            LINGERING.send_modify(|spans| *spans -= 1);
+        }
+    }
+}
+
+/// The spans of streams that were dropped and whose query is not cancelled yet.
+static LINGERING: LazyLock<watch::Sender<usize>> = LazyLock::new(|| watch::Sender::new(0));
+
+/// Waits until the spans of all dropped streams are closed.
+#[cfg(feature = "otlp")]
+pub(crate) async fn spans_to_close() {
+    // The sender is never dropped.
+    let _ = LINGERING.subscribe().wait_for(|spans| *spans == 0).await;
 }
 
 /// A CLIENT span after the database conventions, below the caller's current span.
