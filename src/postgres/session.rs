@@ -163,7 +163,11 @@ impl Lease {
             return;
         }
         let mut next = async || std::future::poll_fn(|cx| Pin::new(&mut rows).poll_next(cx)).await;
-        let to_end = async { while next().await.is_some() {} };
+        let to_end = async {
+            // A lost connection yields its error for ever.
+            let lost = |error: &Error| error.kind() == ErrorKind::Disconnected;
+            while next().await.is_some_and(|row| !row.as_ref().is_err_and(lost)) {}
+        };
         if timeout(CLEAN_UP, to_end).await.is_err() {
             self.session.discard();
         }
