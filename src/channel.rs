@@ -13,7 +13,7 @@ use std::time::Duration;
 use crate::chunk::Chunk;
 use crate::config::Limits;
 use crate::error::Error;
-use crate::time::{Clock, Consumer, Ledger, Producer};
+use crate::time::{Clock, Consumer, Ledger, Nanos, Producer};
 
 /// Makes a channel and what the two sides and all observers see of it.
 pub(crate) fn bounded(limits: Limits, clock: Clock) -> (Sender, Receiver) {
@@ -132,12 +132,13 @@ impl Shared {
         state.bytes -= chunk.bytes();
         gauge.set(state);
         let next = busy(state);
+        let at = ledger.now();
         if !ledger.consumer_is(next) {
-            ledger.consumer(next, ledger.now());
+            ledger.consumer(next, at);
         }
         state.consumer = None;
         let producer = if ledger.producer_is(Producer::Room) { state.producer.take() } else { None };
-        Some((Taken::Chunk { chunk, occupancy }, producer))
+        Some((Taken::Chunk { chunk, occupancy, at }, producer))
     }
 }
 
@@ -259,7 +260,7 @@ impl Drop for Sender {
 #[derive(Debug)]
 pub(crate) enum Taken {
     /// A chunk, and the rows that waited in the channel just before it was taken.
-    Chunk { chunk: Chunk, occupancy: Occupancy },
+    Chunk { chunk: Chunk, occupancy: Occupancy, at: Nanos },
     /// The source ended, well or with an error. Nothing follows.
     End(Result<(), Error>),
     /// The producer vanished without an end mark. Nothing follows.
@@ -282,13 +283,13 @@ impl Receiver {
         &self.0.gauge
     }
 
-    /// Takes what is next, or waits for it. Once the end was taken, it must not be called again.
-    pub(crate) fn poll_take(&mut self, cx: &Context<'_>) -> Poll<Taken> {
+    /// Takes what is next, or waits for it; the poll began at `polled`. Once the end was taken, it must not be called again.
+    pub(crate) fn poll_take(&mut self, cx: &Context<'_>, polled: Nanos) -> Poll<Taken> {
         let mut state = self.0.lock();
         let Some((taken, producer)) = self.0.take(&mut state) else {
             let ledger = &self.0.gauge.ledger;
             if !ledger.consumer_is(Consumer::SourceWait) {
-                ledger.consumer(Consumer::SourceWait, ledger.now());
+                ledger.consumer(Consumer::SourceWait, polled);
             }
             register(&mut state.consumer, cx);
             return Poll::Pending;
@@ -367,7 +368,7 @@ mod tests {
 
     use super::*;
     use crate::chunk;
-    use crate::time::{Nanos, manual};
+    use crate::time::manual;
 
     const LIMITS: Limits = Limits { rows: 4, bytes: 100, chunk_rows: 2, chunk_bytes: 50 };
 
@@ -382,7 +383,7 @@ mod tests {
     /// Takes what must be a chunk.
     fn take(receiver: &mut Receiver) -> (usize, Occupancy) {
         match receiver.try_take() {
-            Some(Taken::Chunk { chunk, occupancy }) => (chunk.rows(), occupancy),
+            Some(Taken::Chunk { chunk, occupancy, .. }) => (chunk.rows(), occupancy),
             other => panic!("no chunk but {other:?}"),
         }
     }
@@ -440,7 +441,7 @@ mod tests {
         let mut waiting = spawn(std::future::poll_fn(|cx| sender.poll_room(cx, 100)));
         assert_pending!(waiting.poll());
         let in_hand = receiver.try_take();
-        let mut next = spawn(std::future::poll_fn(|cx| receiver.poll_take(cx)));
+        let mut next = spawn(std::future::poll_fn(|cx| receiver.poll_take(cx, 0)));
         assert_pending!(next.poll());
         assert!(waiting.is_woken(), "both would wait for ever");
         assert_ready_ok!(waiting.poll());
@@ -474,7 +475,7 @@ mod tests {
     #[test]
     fn a_waiting_consumer_is_woken_by_rows_and_by_the_end() {
         let (mut sender, mut receiver) = channel();
-        let mut next = spawn(std::future::poll_fn(|cx| receiver.poll_take(cx)));
+        let mut next = spawn(std::future::poll_fn(|cx| receiver.poll_take(cx, 0)));
         assert_pending!(next.poll());
         sender.send(rows(1, 1));
         assert!(next.is_woken());
@@ -496,7 +497,8 @@ mod tests {
     }
 
     fn poll_once(receiver: &mut Receiver) -> bool {
-        spawn(std::future::poll_fn(|cx| receiver.poll_take(cx))).poll().is_ready()
+        let now = receiver.gauge().ledger.now();
+        spawn(std::future::poll_fn(|cx| receiver.poll_take(cx, now))).poll().is_ready()
     }
 
     #[test]

@@ -1,7 +1,5 @@
 //! A chunk: the rows that travel through the channel together.
 
-use bytes::Bytes;
-
 use crate::error::Error;
 
 /// How SQL NULL reads as JSON.
@@ -50,66 +48,30 @@ impl Filling {
     }
 
     pub(crate) fn finish(self) -> Chunk {
-        Chunk { data: Bytes::from(self.data), ends: self.ends, next: 0 }
+        Chunk { data: self.data, ends: self.ends }
     }
 }
 
-/// Rows on their way to the consumer, in order.
+/// Rows on their way to the consumer, in order, end to end.
 #[derive(Debug, Default)]
 pub(crate) struct Chunk {
-    data: Bytes,
+    pub(crate) data: Vec<u8>,
     /// Where each row ends in `data`.
-    ends: Vec<usize>,
-    next: usize,
+    pub(crate) ends: Vec<usize>,
 }
 
 impl Chunk {
-    /// Rows not yet taken out by `next`.
     pub(crate) fn rows(&self) -> usize {
-        self.ends.len() - self.next
+        self.ends.len()
     }
 
     pub(crate) fn bytes(&self) -> usize {
         self.data.len()
     }
-
-    /// Takes the next row's bytes.
-    pub(crate) fn next(&mut self) -> Option<Row<'_>> {
-        let end = *self.ends.get(self.next)?;
-        let start = match self.next {
-            0 => 0,
-            next => self.ends[next - 1],
-        };
-        self.next += 1;
-        Some(Row { chunk: &self.data, start, end })
-    }
-}
-
-/// One row of a chunk: its JSON text as Postgres sent it.
-#[derive(Debug)]
-pub(crate) struct Row<'a> {
-    chunk: &'a Bytes,
-    start: usize,
-    end: usize,
-}
-
-impl Row<'_> {
-    pub(crate) fn as_bytes(&self) -> &[u8] {
-        &self.chunk[self.start..self.end]
-    }
-
-    /// The bytes without a copy; they keep the whole chunk alive.
-    pub(crate) fn to_bytes(&self) -> Bytes {
-        self.chunk.slice(self.start..self.end)
-    }
-
-    pub(crate) fn is_null(&self) -> bool {
-        self.as_bytes() == NULL
-    }
 }
 
 #[cfg(test)]
-impl Payload for Bytes {
+impl Payload for bytes::Bytes {
     fn payload(&self) -> Result<&[u8], Error> {
         Ok(self)
     }
@@ -130,13 +92,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_come_out_as_they_went_in() {
-        let mut chunk = of(&[b"1", b"", b"[2, 3]"]);
+    fn rows_lie_end_to_end() {
+        let chunk = of(&[b"1", b"", b"[2, 3]"]);
         assert_eq!((chunk.rows(), chunk.bytes()), (3, 7));
-        assert_eq!(chunk.next().map(|row| row.to_bytes()), Some(Bytes::from_static(b"1")));
-        assert_eq!(chunk.next().map(|row| row.to_bytes()), Some(Bytes::new()));
-        assert_eq!(chunk.rows(), 1);
-        assert_eq!(chunk.next().map(|row| row.to_bytes()), Some(Bytes::from_static(b"[2, 3]")));
-        assert!(chunk.next().is_none());
+        assert_eq!(
+            (chunk.data.as_slice(), chunk.ends.as_slice()),
+            (b"1[2, 3]".as_slice(), [1, 1, 7].as_slice())
+        );
     }
 }

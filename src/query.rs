@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
+use tokio::task::JoinSet;
 use tokio_postgres::types::{ToSql, Type};
 
 use crate::channel::{Sender, bounded};
@@ -160,11 +161,10 @@ impl<'p, T: FromJson, C: BorrowMut<Connection>> Query<'p, T, C> {
         let lease = Lease::new(&session, turn, &span);
         let work = produce(Task { lease, text, sender, types, values });
         tokio::spawn(async move {
-            tokio::select! {
-                biased;
-                () = work => {}
-                () = telemetry::heartbeat(observer, span) => {}
-            }
+            // Ends with the work, however that ends.
+            let mut beside = JoinSet::new();
+            beside.spawn(telemetry::heartbeat(observer, span));
+            work.await;
         });
         let prepared = prepared.await.unwrap_or_else(|_| Err(Error::lost()));
         match prepared.and_then(|types| postgres::encode(&self.values, &types)) {

@@ -12,7 +12,7 @@ use tokio::time::{Instant, Sleep};
 use crate::channel::{Occupancy, Receiver, Taken};
 use crate::chunk::Chunk;
 use crate::connection::Connection;
-use crate::decode::{FromJson, Sampler};
+use crate::decode::{FromJson, InHand, Sampler};
 use crate::error::{Error, Result};
 use crate::stats::{Observer, Progress, Stats};
 use crate::telemetry::{Batch, Recorder};
@@ -59,9 +59,9 @@ pub(crate) type Predicate<T> = Box<dyn FnMut(&T) -> bool + Send>;
 /// # Ok(())
 /// # }
 /// ```
-pub struct JsonStream<T, C = Connection> {
+pub struct JsonStream<T: FromJson, C = Connection> {
     receiver: Receiver,
-    chunk: Chunk,
+    chunk: InHand<T>,
     /// The number of the next row.
     row: u64,
     ended: bool,
@@ -87,7 +87,7 @@ impl<T: FromJson, C> JsonStream<T, C> {
     pub(crate) fn new(parts: Parts<T>, connection: C) -> Self {
         Self {
             receiver: parts.receiver,
-            chunk: Chunk::default(),
+            chunk: InHand::default(),
             row: 0,
             ended: false,
             predicate: parts.predicate,
@@ -170,8 +170,8 @@ impl<T: FromJson, C> JsonStream<T, C> {
     }
 
     fn poll_take(&mut self, cx: &mut Context<'_>) -> Poll<Taken> {
-        self.polling();
-        let taken = self.receiver.poll_take(cx);
+        let polled = self.polling();
+        let taken = self.receiver.poll_take(cx, polled);
         match taken {
             Poll::Ready(_) => self.runtime.reset(),
             Poll::Pending => self.runtime.watch(cx, &mut self.receiver),
@@ -180,19 +180,19 @@ impl<T: FromJson, C> JsonStream<T, C> {
     }
 
     /// A poll begins that the chunk in hand cannot serve, unless one goes on already.
-    fn polling(&mut self) {
-        if self.polled.is_none() {
-            let now = self.now();
+    fn polling(&mut self) -> Nanos {
+        *self.polled.get_or_insert_with(|| {
+            let now = self.observer.gauge.ledger.now();
             self.recorder.polled(now);
-            self.polled = Some(now);
-        }
+            now
+        })
     }
 
     /// Makes what was taken the chunk in hand; an error ends the stream.
     fn accept(&mut self, taken: Taken) -> Option<Error> {
         let end = match taken {
-            Taken::Chunk { chunk, occupancy } => {
-                self.take_chunk(chunk, occupancy);
+            Taken::Chunk { chunk, occupancy, at } => {
+                self.take_chunk(chunk, occupancy, at);
                 return None;
             }
             Taken::End(end) => end,
@@ -204,8 +204,7 @@ impl<T: FromJson, C> JsonStream<T, C> {
         end.err()
     }
 
-    fn take_chunk(&mut self, chunk: Chunk, occupancy: Occupancy) {
-        let now = self.now();
+    fn take_chunk(&mut self, chunk: Chunk, occupancy: Occupancy, now: Nanos) {
         let polled = self.polled.take().unwrap_or(now);
         let batch = Batch {
             rows: chunk.rows(),
@@ -217,16 +216,14 @@ impl<T: FromJson, C> JsonStream<T, C> {
         self.recorder.taken(now, &batch);
         self.observer.progress.last_row.store(now, Ordering::Relaxed);
         self.sampler.begin(now);
-        self.chunk = chunk;
+        self.chunk = InHand::new(chunk);
     }
 
     /// The next row of the chunk in hand that the predicate lets pass.
     fn next_in_chunk(&mut self) -> Option<Result<T>> {
         loop {
-            let row = self.chunk.next()?;
-            let number = self.row;
+            let value = self.sampler.decode(&self.observer, &mut self.chunk, self.row)?;
             self.row += 1;
-            let value = self.sampler.decode(&self.observer, &row, |row| T::from_json(row, number));
             let progress = &self.observer.progress;
             match value {
                 Ok(value) if self.predicate.as_mut().is_some_and(|keep| !keep(&value)) => {
@@ -245,7 +242,7 @@ impl<T: FromJson, C> JsonStream<T, C> {
     }
 }
 
-impl<T, C> JsonStream<T, C> {
+impl<T: FromJson, C> JsonStream<T, C> {
     /// The stream's statistics now.
     pub fn stats(&self) -> Stats {
         self.observer.stats()
@@ -276,10 +273,6 @@ impl<T, C> JsonStream<T, C> {
         self.receiver.resume();
     }
 
-    fn now(&self) -> Nanos {
-        self.observer.gauge.ledger.now()
-    }
-
     fn end(&mut self) {
         // First the times stand still, then they are told.
         self.receiver.close();
@@ -288,7 +281,7 @@ impl<T, C> JsonStream<T, C> {
     }
 }
 
-impl<T, C: std::borrow::BorrowMut<Connection>> JsonStream<T, C> {
+impl<T: FromJson, C: std::borrow::BorrowMut<Connection>> JsonStream<T, C> {
     /// Ends the stream and returns the connection once it is clean: the query is cancelled if it still runs.
     /// Dropping the stream does the same without waiting.
     ///
@@ -308,7 +301,7 @@ impl<T, C: std::borrow::BorrowMut<Connection>> JsonStream<T, C> {
     }
 }
 
-impl<T, C> Drop for JsonStream<T, C> {
+impl<T: FromJson, C> Drop for JsonStream<T, C> {
     fn drop(&mut self) {
         self.end();
     }
@@ -323,9 +316,9 @@ impl<T: FromJson, C: Unpin> Stream for JsonStream<T, C> {
 }
 
 // Nothing in it is ever pinned.
-impl<T, C: Unpin> Unpin for JsonStream<T, C> {}
+impl<T: FromJson, C: Unpin> Unpin for JsonStream<T, C> {}
 
-impl<T, C> fmt::Debug for JsonStream<T, C> {
+impl<T: FromJson, C> fmt::Debug for JsonStream<T, C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("JsonStream").field("stats", &self.stats()).finish_non_exhaustive()
     }
@@ -348,10 +341,9 @@ impl RuntimeProbe {
         Self { timer: Box::pin(tokio::time::sleep(Self::FIRST)), period: Self::FIRST, armed: false }
     }
 
-    /// Rows came. A timer that is still running is left to the next wait: setting one costs more.
+    /// Rows came. A timer that still runs is left to the next wait: setting one costs more.
     fn reset(&mut self) {
         self.period = Self::FIRST;
-        self.armed = false;
     }
 
     fn watch(&mut self, cx: &mut Context<'_>, receiver: &mut Receiver) {

@@ -268,7 +268,6 @@ impl Ledger {
             self.consumer.enter(Consumer::Scheduled as usize, now - late);
             self.consumer.enter(Consumer::SourceWait as usize, now);
         }
-        self.timer_due.store(Nanos::MAX, Ordering::Relaxed);
     }
 
     fn mark(&self, now: Nanos) {

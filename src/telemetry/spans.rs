@@ -45,6 +45,8 @@ const GROUP_ROWS: usize = 256;
 const GROUP_TIME: Nanos = 10_000_000;
 /// A consumer that is away for so long ends the group: its time must show as a gap.
 const GAP: Nanos = 1_000_000;
+/// A span's end may be so much too early, so that not every poll batch pays for it.
+const STAMP: Nanos = 200_000;
 
 /// What the query span says from its start.
 #[derive(Debug)]
@@ -186,6 +188,8 @@ struct Open {
     group_since: Nanos,
     /// When rows were last in hand.
     taken: Nanos,
+    /// When the span was last given an end.
+    stamped: Nanos,
     /// Decoding of the stream when the span began.
     decoded: Nanos,
 }
@@ -237,6 +241,7 @@ impl BatchSpans {
             group_rows: 0,
             group_since: now,
             taken: now,
+            stamped: 0,
             decoded,
         });
     }
@@ -256,11 +261,15 @@ impl BatchSpans {
         open.group_rows += batch.rows;
         let long = now.saturating_sub(open.group_since) >= GROUP_TIME;
         open.taken = now;
+        let due = now.saturating_sub(open.stamped) >= STAMP;
         if self.mode == PollSpans::Every || open.group_rows >= GROUP_ROWS || long {
             open.end_group(now);
         }
-        // The exporting layer takes the last exit of a span as its end.
-        open.span.in_scope(|| ());
+        if due || open.groups >= self.cover {
+            open.stamped = now;
+            // The exporting layer takes the last exit of a span as its end.
+            open.span.in_scope(|| ());
+        }
     }
 
     /// Nothing more comes, or enough is covered.
