@@ -1,17 +1,7 @@
 //! A chunk: the rows that travel through the channel together.
 
-use crate::error::Error;
-
-/// How SQL NULL reads as JSON.
-pub(crate) const NULL: &[u8] = b"null";
 /// From here on memory is taken to the byte, not by guess and doubling.
 const LARGE: usize = 64 * 1024;
-
-/// A row as the source has it.
-pub(crate) trait Payload {
-    /// The text of its one JSON column; SQL NULL reads as JSON's.
-    fn payload(&self) -> Result<&[u8], Error>;
-}
 
 /// A chunk that is being filled. The payloads are copied end to end into one allocation: a row must not
 /// keep the socket's read buffer alive, and one allocation a chunk is cheaper than one a row.
@@ -37,6 +27,12 @@ impl Filling {
         }
         self.data.extend_from_slice(payload);
         self.ends.push(self.data.len());
+    }
+
+    /// Begins with a row that was set aside before; its memory is used on.
+    pub(crate) fn adopt(&mut self, row: Vec<u8>) {
+        self.ends.push(row.len());
+        self.data = row;
     }
 
     pub(crate) fn rows(&self) -> usize {
@@ -67,13 +63,6 @@ impl Chunk {
 
     pub(crate) fn bytes(&self) -> usize {
         self.data.len()
-    }
-}
-
-#[cfg(test)]
-impl Payload for bytes::Bytes {
-    fn payload(&self) -> Result<&[u8], Error> {
-        Ok(self)
     }
 }
 

@@ -4,7 +4,7 @@ use crate::error::Error;
 
 /// The channel's rows, and the scale of the thresholds 10, 50, 200 and 240.
 const CHANNEL_ROWS: usize = 256;
-const CHUNK_ROWS: usize = 64;
+const CHUNK_ROWS: usize = 128;
 const MEMORY: usize = 16 * 1024 * 1024;
 /// A chunk in the consumer's hands is beyond the budget; an eighth keeps that small.
 const CHUNKS_IN_MEMORY: usize = 8;

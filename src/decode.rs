@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 
-use crate::chunk::{Chunk, NULL};
+use crate::chunk::Chunk;
 use crate::error::Error;
 use crate::stats::Observer;
 use crate::time::Nanos;
@@ -52,7 +52,7 @@ impl AsRef<[u8]> for RawJson {
 mod sealed {
     #![expect(unnameable_types, reason = "this is what seals FromJson")]
 
-    use super::{Bytes, DeserializeOwned, Error, NULL, Range, RawJson, Text};
+    use super::{Bytes, DeserializeOwned, Error, Range, RawJson, Text};
 
     pub trait FromRow: Sized {
         /// A chunk's data in the form that rows are cut from.
@@ -73,7 +73,7 @@ mod sealed {
 
         fn from_json(data: &Text, row: Range<usize>, number: u64) -> Result<Self, Error> {
             let text = data.row(row).map_err(|error| Error::decode(number, false, error))?;
-            serde_json::from_str(text).map_err(|error| Error::decode(number, text.as_bytes() == NULL, error))
+            serde_json::from_str(text).map_err(|error| Error::decode(number, text == "null", error))
         }
     }
 
@@ -123,23 +123,32 @@ pub(crate) struct InHand<T: FromJson> {
     data: T::Data,
     ends: std::vec::IntoIter<usize>,
     start: usize,
+    /// Rows of the stream up to here.
+    rows: u64,
 }
 
 impl<T: FromJson> Default for InHand<T> {
     fn default() -> Self {
-        Self { data: T::Data::default(), ends: Vec::new().into_iter(), start: 0 }
+        Self { data: T::Data::default(), ends: Vec::new().into_iter(), start: 0, rows: 0 }
     }
 }
 
 impl<T: FromJson> InHand<T> {
-    pub(crate) fn new(chunk: Chunk) -> Self {
-        Self { data: T::data(chunk.data), ends: chunk.ends.into_iter(), start: 0 }
+    /// Takes up the chunk that follows.
+    pub(crate) fn take(&mut self, chunk: Chunk) {
+        (self.data, self.ends, self.start) = (T::data(chunk.data), chunk.ends.into_iter(), 0);
     }
 
     /// Where the next row lies.
     fn next(&mut self) -> Option<Range<usize>> {
         let end = self.ends.next()?;
+        self.rows += 1;
         Some(std::mem::replace(&mut self.start, end)..end)
+    }
+
+    /// Decodes the row that `next` gave.
+    fn decode(&self, row: Range<usize>) -> Result<T, Error> {
+        T::from_json(&self.data, row, self.rows - 1)
     }
 }
 
@@ -172,18 +181,26 @@ impl Sampler {
         &mut self,
         stream: &Observer,
         chunk: &mut InHand<T>,
-        number: u64,
     ) -> Option<Result<T, Error>> {
         let row = chunk.next()?;
-        let size = row.len().max(1);
-        self.bytes += size;
+        self.bytes += row.len();
         self.rows += 1;
-        if !self.due && self.bytes < Self::EVERY {
-            return Some(T::from_json(&chunk.data, row, number));
+        if self.due || self.bytes >= Self::EVERY {
+            return Some(self.measure(stream, chunk, row));
         }
-        let ledger = &stream.gauge.ledger;
+        Some(chunk.decode(row))
+    }
+
+    #[cold]
+    fn measure<T: FromJson>(
+        &mut self,
+        stream: &Observer,
+        chunk: &InHand<T>,
+        row: Range<usize>,
+    ) -> Result<T, Error> {
+        let (ledger, size) = (&stream.gauge.ledger, row.len().max(1));
         let start = ledger.now();
-        let value = T::from_json(&chunk.data, row, number);
+        let value = chunk.decode(row);
         let end = ledger.now();
         // The sample stands for all bytes since the one before.
         let spent = u128::from(end - start) * self.bytes as u128 / size as u128;
@@ -191,7 +208,7 @@ impl Sampler {
         stream.progress.last_row.store(end, Ordering::Relaxed);
         self.due = end.saturating_sub(self.at) / self.rows > Self::SLOW;
         (self.bytes, self.at, self.rows) = (0, end, 0);
-        Some(value)
+        value
     }
 }
 
@@ -201,8 +218,9 @@ mod tests {
     use crate::chunk;
 
     fn decode<T: FromJson>(rows: &[&[u8]]) -> Vec<Result<T, Error>> {
-        let mut chunk = InHand::<T>::new(chunk::of(rows));
-        (0..).map_while(|number| chunk.next().map(|row| T::from_json(&chunk.data, row, number))).collect()
+        let mut in_hand = InHand::<T>::default();
+        in_hand.take(chunk::of(rows));
+        std::iter::from_fn(|| in_hand.next().map(|row| in_hand.decode(row))).collect()
     }
 
     #[test]

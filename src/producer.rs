@@ -1,31 +1,34 @@
 //! The producer: raw rows from any source, cut into chunks, sent as far as there is room.
 
-use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 
-use futures_core::Stream;
-
 use crate::channel::{Closed, Room, Sender};
-use crate::chunk::{Chunk, Filling, Payload};
+use crate::chunk::{Chunk, Filling};
 use crate::config::Limits;
 use crate::error::Error;
+
+/// Where rows come from. A row is lent, not given: it need not outlive the look at it, and no handle to it
+/// is moved around.
+pub(crate) trait Source {
+    /// Lends the next row's JSON text to `look`; SQL NULL reads as JSON's. `None` at the end.
+    fn poll_row<V>(
+        &mut self,
+        cx: &mut Context<'_>,
+        look: impl FnOnce(&[u8]) -> V,
+    ) -> Poll<Option<Result<V, Error>>>;
+}
 
 /// Moves all rows of `source` into the channel; returns when the source has ended, or has failed, and all
 /// that came before is in the channel. `Closed` says that the consumer left first.
 ///
 /// Room is asked for before rows are read, so what is read can always be sent and at most one row waits
 /// outside of the channel's bounds.
-pub(crate) async fn run<S, R>(sender: &mut Sender, source: S) -> Result<Result<(), Error>, Closed>
-where
-    S: Stream<Item = Result<R, Error>>,
-    R: Payload,
-{
-    let mut source = pin!(source);
+pub(crate) async fn run(sender: &mut Sender, source: &mut impl Source) -> Result<Result<(), Error>, Closed> {
     let mut cutter = Cutter::new(sender.gauge().limits);
     loop {
-        let next = cutter.held_bytes();
+        let next = cutter.held.as_ref().map_or(0, Vec::len);
         cutter.room = std::future::poll_fn(|cx| sender.poll_room(cx, next)).await?;
-        let cut = std::future::poll_fn(|cx| match cutter.poll_cut(cx, source.as_mut()) {
+        let cut = std::future::poll_fn(|cx| match cutter.poll_cut(cx, source) {
             Poll::Pending if sender.poll_closed(cx).is_ready() => Poll::Ready(Err(Closed)),
             cut => cut.map(Ok),
         });
@@ -42,34 +45,27 @@ where
 }
 
 /// Cuts a stream of rows into chunks.
-struct Cutter<R> {
+struct Cutter {
     limits: Limits,
     room: Room,
     filling: Filling,
     /// A row that was read and did not fit.
-    held: Option<R>,
+    held: Option<Vec<u8>>,
 }
 
-impl<R: Payload> Cutter<R> {
+impl Cutter {
     fn new(limits: Limits) -> Self {
         Self { limits, room: Room { rows: 0, bytes: 0 }, filling: Filling::default(), held: None }
     }
 
-    fn held_bytes(&self) -> usize {
-        self.held.as_ref().and_then(|row| row.payload().ok()).map_or(0, <[u8]>::len)
-    }
-
     /// Fills the chunk until it is full or the source has nothing ready; true at the end of the source.
-    fn poll_cut<S>(&mut self, cx: &mut Context<'_>, mut source: Pin<&mut S>) -> Poll<Result<bool, Error>>
-    where
-        S: Stream<Item = Result<R, Error>>,
-    {
+    fn poll_cut(&mut self, cx: &mut Context<'_>, source: &mut impl Source) -> Poll<Result<bool, Error>> {
         if let Some(row) = self.held.take() {
-            self.filling.push(row.payload()?);
+            self.filling.adopt(row);
         }
         while self.held.is_none() && !self.is_full() {
-            match source.as_mut().poll_next(cx) {
-                Poll::Ready(Some(row)) => self.push(row?)?,
+            match source.poll_row(cx, |row| self.push(row)) {
+                Poll::Ready(Some(pushed)) => pushed?,
                 Poll::Ready(None) => return Poll::Ready(Ok(true)),
                 // What is there must not wait for what is not.
                 Poll::Pending if self.filling.rows() > 0 => break,
@@ -80,14 +76,12 @@ impl<R: Payload> Cutter<R> {
     }
 
     /// Adds a row, or holds it if it does not fit.
-    fn push(&mut self, row: R) -> Result<(), Error> {
-        let payload = row.payload()?;
-        if self.filling.bytes() + payload.len() <= self.room.bytes {
-            self.filling.push(payload);
+    fn push(&mut self, row: &[u8]) {
+        if self.filling.bytes() + row.len() <= self.room.bytes {
+            self.filling.push(row);
         } else {
-            self.held = Some(row);
+            self.held = Some(row.to_vec());
         }
-        Ok(())
     }
 
     fn is_full(&self) -> bool {
@@ -107,7 +101,9 @@ impl<R: Payload> Cutter<R> {
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
+    use std::pin::Pin;
+
+    use futures::Stream;
     use futures::channel::mpsc;
     use tokio_test::{assert_pending, assert_ready, task};
 
@@ -121,8 +117,19 @@ mod tests {
         bounded(LIMITS, Clock::start())
     }
 
-    fn row(text: &'static str) -> Result<Bytes, Error> {
-        Ok(Bytes::from_static(text.as_bytes()))
+    type Row = Result<&'static str, Error>;
+
+    /// Any stream as a source.
+    struct From<S>(S);
+
+    impl<S: Stream<Item = Row> + Unpin> Source for From<S> {
+        fn poll_row<V>(
+            &mut self,
+            cx: &mut Context<'_>,
+            look: impl FnOnce(&[u8]) -> V,
+        ) -> Poll<Option<Result<V, Error>>> {
+            Pin::new(&mut self.0).poll_next(cx).map(|row| row.map(|row| row.map(|row| look(row.as_bytes()))))
+        }
     }
 
     /// The sizes of the chunks that can be taken now, and whether the end was among them.
@@ -141,9 +148,10 @@ mod tests {
     fn rows_are_cut_into_chunks_and_what_is_ready_does_not_wait() {
         let (mut sender, mut receiver) = channel();
         let (rows, source) = mpsc::unbounded();
-        let mut work = task::spawn(run(&mut sender, source));
+        let mut source = From(source);
+        let mut work = task::spawn(run(&mut sender, &mut source));
         for _ in 0..6 {
-            rows.unbounded_send(row("1")).unwrap();
+            rows.unbounded_send(Ok("1")).unwrap();
         }
         assert_pending!(work.poll());
         assert_eq!(chunks(&mut receiver), (vec![4, 2], false));
@@ -154,8 +162,9 @@ mod tests {
     #[test]
     fn a_full_channel_makes_the_source_wait() {
         let (mut sender, mut receiver) = channel();
-        let source = futures::stream::iter((0..100).map(|_| row("1")));
-        let mut work = task::spawn(run(&mut sender, source));
+        let source = futures::stream::iter((0..100).map(|_| Ok("1")));
+        let mut source = From(source);
+        let mut work = task::spawn(run(&mut sender, &mut source));
         assert_pending!(work.poll());
         assert_eq!(receiver.gauge().rows(), 8, "full to the row");
         assert_eq!(chunks(&mut receiver), (vec![4, 4], false));
@@ -166,11 +175,12 @@ mod tests {
     fn a_row_that_does_not_fit_waits_and_keeps_its_place() {
         let (mut sender, mut receiver) = channel();
         let source = futures::stream::iter([
-            row("1"),
-            row("22222222222222222222222222222222222222222222222222222222222222222222222222222222222222222"),
-            row("3"),
+            Ok("1"),
+            Ok("22222222222222222222222222222222222222222222222222222222222222222222222222222222222222222"),
+            Ok("3"),
         ]);
-        let mut work = task::spawn(run(&mut sender, source));
+        let mut source = From(source);
+        let mut work = task::spawn(run(&mut sender, &mut source));
         let mut seen = Vec::new();
         for _ in 0..3 {
             let _ = work.poll();
@@ -185,8 +195,9 @@ mod tests {
     #[test]
     fn rows_before_an_error_are_sent_before_it() {
         let (mut sender, mut receiver) = channel();
-        let source = futures::stream::iter([row("1"), row("2"), Err(Error::lost())]);
-        let mut work = task::spawn(run(&mut sender, source));
+        let source = futures::stream::iter([Ok("1"), Ok("2"), Err(Error::lost())]);
+        let mut source = From(source);
+        let mut work = task::spawn(run(&mut sender, &mut source));
         assert!(matches!(assert_ready!(work.poll()), Ok(Err(_))));
         drop(work);
         assert_eq!(chunks(&mut receiver).0, [2]);
@@ -195,7 +206,8 @@ mod tests {
     #[test]
     fn a_consumer_that_leaves_ends_the_work_also_while_the_source_is_silent() {
         let (mut sender, receiver) = channel();
-        let mut work = task::spawn(run(&mut sender, futures::stream::pending::<Result<Bytes, Error>>()));
+        let mut source = From(futures::stream::pending::<Row>());
+        let mut work = task::spawn(run(&mut sender, &mut source));
         assert_pending!(work.poll());
         drop(receiver);
         assert!(work.is_woken());

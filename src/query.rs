@@ -106,7 +106,7 @@ impl<'p, T: FromJson, C: BorrowMut<Connection>> Query<'p, T, C> {
 
     /// At most so many rows travel through the channel together; fewer do when no more are ready, so a
     /// first row never waits for a second. The channel holds 256 rows, or one chunk if that is larger.
-    /// Larger chunks mean fewer hand-overs and coarser statistics. Defaults to 64.
+    /// Larger chunks mean fewer hand-overs and coarser statistics. Defaults to 128.
     pub fn chunk_size(mut self, rows: usize) -> Self {
         self.chunk_size = Some(rows);
         self

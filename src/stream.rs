@@ -62,8 +62,6 @@ pub(crate) type Predicate<T> = Box<dyn FnMut(&T) -> bool + Send>;
 pub struct JsonStream<T: FromJson, C = Connection> {
     receiver: Receiver,
     chunk: InHand<T>,
-    /// The number of the next row.
-    row: u64,
     ended: bool,
     predicate: Option<Predicate<T>>,
     sampler: Sampler,
@@ -88,7 +86,6 @@ impl<T: FromJson, C> JsonStream<T, C> {
         Self {
             receiver: parts.receiver,
             chunk: InHand::default(),
-            row: 0,
             ended: false,
             predicate: parts.predicate,
             sampler: Sampler::default(),
@@ -216,14 +213,13 @@ impl<T: FromJson, C> JsonStream<T, C> {
         self.recorder.taken(now, &batch);
         self.observer.progress.last_row.store(now, Ordering::Relaxed);
         self.sampler.begin(now);
-        self.chunk = InHand::new(chunk);
+        self.chunk.take(chunk);
     }
 
     /// The next row of the chunk in hand that the predicate lets pass.
     fn next_in_chunk(&mut self) -> Option<Result<T>> {
         loop {
-            let value = self.sampler.decode(&self.observer, &mut self.chunk, self.row)?;
-            self.row += 1;
+            let value = self.sampler.decode(&self.observer, &mut self.chunk)?;
             let progress = &self.observer.progress;
             match value {
                 Ok(value) if self.predicate.as_mut().is_some_and(|keep| !keep(&value)) => {

@@ -18,7 +18,8 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// Keeps telemetry going, and flushes it at the end.
 ///
 /// Keep it until all streams are gone, then call [`shutdown`](Self::shutdown). Dropping it flushes as well,
-/// but blocks the thread meanwhile, up to its timeout.
+/// but blocks the thread meanwhile, up to its timeout, and loses the span of a stream that was dropped just
+/// before and whose query is still being cancelled.
 #[derive(Debug)]
 #[must_use = "dropped at once, it ends telemetry at once: keep it as long as the service runs"]
 pub struct Guard {
@@ -70,6 +71,7 @@ impl Guard {
     /// # }
     /// ```
     pub async fn shutdown(mut self) -> Result<(), ShutdownError> {
+        let deadline = Instant::now() + self.timeout;
         // A stream dropped just before still has its span open until its query is cancelled.
         if tokio::runtime::Handle::try_current().is_ok() {
             let _ = tokio::time::timeout(self.timeout / 4, spans_to_close()).await;
@@ -78,7 +80,7 @@ impl Guard {
         let Some(flush) = self.take() else { return Ok(()) };
         spawn("fraiseql-otlp-shutdown", move || {
             // Nobody waits any more if the future was dropped.
-            let _ = done.send(flush.run());
+            let _ = done.send(flush.run(deadline));
         });
         end.await.unwrap_or_else(|_| Err(ShutdownError::new("no thread could be started to flush telemetry")))
     }
@@ -98,7 +100,7 @@ impl Drop for Guard {
     fn drop(&mut self) {
         if let Some(flush) = self.take() {
             // What was lost is in the log.
-            let _ = flush.run();
+            let _ = flush.run(Instant::now() + self.timeout);
         }
     }
 }
@@ -113,8 +115,7 @@ struct Flush {
 impl Flush {
     /// Blocks for at most the timeout. Each signal has a thread of its own: some of the SDK's calls know no
     /// timeout, and one that hangs must not take the others with it.
-    fn run(mut self) -> Result<(), ShutdownError> {
-        let deadline = Instant::now() + self.timeout;
+    fn run(mut self, deadline: Instant) -> Result<(), ShutdownError> {
         let (sent, results) = mpsc::channel();
         let mut pending = Vec::new();
         let mut flush = |signal: &'static str, work: Box<dyn FnOnce() -> OTelSdkResult + Send>| {

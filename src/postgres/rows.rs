@@ -2,15 +2,15 @@
 
 use std::error::Error as StdError;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
 use futures_core::Stream;
 use tokio_postgres::types::{Format, FromSql, IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{RowStream, Statement};
 
-use crate::chunk::{NULL, Payload};
 use crate::error::Error;
+use crate::producer::Source;
 
 /// A query before it is prepared.
 #[derive(Clone, Debug, Default)]
@@ -185,29 +185,26 @@ impl RawRows {
     }
 }
 
-impl Stream for RawRows {
-    type Item = Result<Row, Error>;
-
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let row = std::task::ready!(self.rows.as_mut().poll_next(cx));
-        self.done = row.is_none();
-        Poll::Ready(row.map(|row| row.map(Row).map_err(Error::query)))
+impl Source for RawRows {
+    fn poll_row<V>(
+        &mut self,
+        cx: &mut Context<'_>,
+        look: impl FnOnce(&[u8]) -> V,
+    ) -> Poll<Option<Result<V, Error>>> {
+        let Some(row) = ready!(self.rows.as_mut().poll_next(cx)) else {
+            self.done = true;
+            return Poll::Ready(None);
+        };
+        let looked = row.and_then(|row| {
+            let json: Option<Json<'_>> = row.try_get(0)?;
+            Ok(look(json.map_or(NULL, |json| json.0)))
+        });
+        Poll::Ready(Some(looked.map_err(Error::query)))
     }
 }
 
-/// A row of Postgres; its column was checked before.
-#[derive(Debug)]
-pub(crate) struct Row(tokio_postgres::Row);
-
-impl Payload for Row {
-    fn payload(&self) -> Result<&[u8], Error> {
-        match self.0.try_get::<_, Option<Json<'_>>>(0) {
-            Ok(Some(json)) => Ok(json.0),
-            Ok(None) => Ok(NULL),
-            Err(error) => Err(Error::query(error)),
-        }
-    }
-}
+/// How SQL NULL reads as JSON.
+const NULL: &[u8] = b"null";
 
 /// The text of a json or jsonb value.
 struct Json<'a>(&'a [u8]);

@@ -1,10 +1,9 @@
 //! A connection that is handed out to one query at a time, and is clean whenever it is handed out.
 
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_core::Stream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
@@ -16,6 +15,7 @@ use tracing::Instrument;
 use super::connect::{self, Peer};
 use super::rows::{RawRows, Value, check_column};
 use crate::error::{Error, ErrorKind, describe};
+use crate::producer::Source;
 use crate::telemetry::QuerySpan;
 
 /// What a cancelled query may take to be gone. Whatever is later costs the connection.
@@ -162,7 +162,7 @@ impl Lease {
         if rows.is_done() {
             return;
         }
-        let mut next = async || std::future::poll_fn(|cx| Pin::new(&mut rows).poll_next(cx)).await;
+        let mut next = async || std::future::poll_fn(|cx| rows.poll_row(cx, |_| ())).await;
         let to_end = async {
             // A lost connection yields its error for ever.
             let lost = |error: &Error| error.kind() == ErrorKind::Disconnected;
