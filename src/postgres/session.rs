@@ -20,6 +20,8 @@ use crate::telemetry::QuerySpan;
 
 /// What a cancelled query may take to be gone. Whatever is later costs the connection.
 const CLEAN_UP: Duration = Duration::from_secs(5);
+/// After so long a cancel is sent again, and then after twice as long.
+const PATIENCE: Duration = Duration::from_millis(25);
 /// How long the server may take to show whether it is alive after a connection broke.
 const POST_MORTEM: Duration = Duration::from_secs(1);
 
@@ -152,23 +154,14 @@ impl Lease {
     /// Ends a query whose rows nobody wants any more.
     pub(crate) async fn cancel(&self, rows: RawRows) {
         // Nothing runs after ReadyForQuery; a cancel could only hit what comes next.
-        if !rows.is_done() && self.send_cancel().await {
-            self.finish(rows).await;
+        if !rows.is_done() {
+            self.cancel_until(to_end(rows)).await;
         }
     }
 
     /// Reads what is left, up to `ReadyForQuery`.
-    pub(crate) async fn finish(&self, mut rows: RawRows) {
-        if rows.is_done() {
-            return;
-        }
-        let mut next = async || std::future::poll_fn(|cx| rows.poll_row(cx, |_| ())).await;
-        let to_end = async {
-            // A lost connection yields its error for ever.
-            let lost = |error: &Error| error.kind() == ErrorKind::Disconnected;
-            while next().await.is_some_and(|row| !row.as_ref().is_err_and(lost)) {}
-        };
-        if timeout(CLEAN_UP, to_end).await.is_err() {
+    pub(crate) async fn finish(&self, rows: RawRows) {
+        if timeout(CLEAN_UP, to_end(rows)).await.is_err() {
             self.session.discard();
         }
     }
@@ -207,18 +200,12 @@ impl Lease {
             answer = &mut request => return Ok(answer),
             () = gone => {}
         }
-        if !self.send_cancel().await {
-            return Err(None);
-        }
-        let answer = timeout(CLEAN_UP, request).await.ok();
-        if answer.is_none() {
-            self.session.discard();
-        }
-        Err(answer)
+        Err(self.cancel_until(request).await)
     }
 
-    /// False if Postgres could not be asked; the connection is closed then.
-    async fn send_cancel(&self) -> bool {
+    /// Asks Postgres to cancel until `end`, the end of what runs, has come. Once is not enough: a backend
+    /// that has not begun the query yet passes over the signal. `None`: the connection was closed instead.
+    async fn cancel_until<T>(&self, end: impl Future<Output = T>) -> Option<T> {
         let session = &self.session;
         let span = tracing::info_span!(
             parent: &self.span.get(),
@@ -229,14 +216,32 @@ impl Lease {
             server.address = session.peer.address(),
         );
         let token = session.client.cancel_token();
-        let sent = timeout(CLEAN_UP, session.peer.cancel(&token)).instrument(span.clone()).await;
-        let sent = matches!(sent, Ok(Ok(())));
-        if !sent {
+        let cancel = async {
+            let mut end = pin!(end);
+            let mut patience = PATIENCE;
+            loop {
+                // To its end, always: a cancel that is still under way could hit the next query.
+                session.peer.cancel(&token).await.ok()?;
+                if let Ok(ended) = timeout(patience, &mut end).await {
+                    return Some(ended);
+                }
+                patience *= 2;
+            }
+        };
+        let ended = timeout(CLEAN_UP, cancel).instrument(span.clone()).await.ok().flatten();
+        if ended.is_none() {
             span.record("otel.status_code", "error");
             session.discard();
         }
-        sent
+        ended
     }
+}
+
+async fn to_end(mut rows: RawRows) {
+    let mut next = async || std::future::poll_fn(|cx| rows.poll_row(cx, |_| ())).await;
+    // A lost connection yields its error for ever.
+    let lost = |error: &Error| error.kind() == ErrorKind::Disconnected;
+    while next().await.is_some_and(|row| !row.as_ref().is_err_and(lost)) {}
 }
 
 /// Why a connection could not be made, in the server's or the system's words.
