@@ -9,7 +9,7 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::{Client, Config, Statement};
+use tokio_postgres::{CancelToken, Client, Config, Statement};
 use tracing::Instrument;
 
 use super::connect::{self, Peer};
@@ -161,7 +161,7 @@ impl Lease {
 
     /// Reads what is left, up to `ReadyForQuery`.
     pub(crate) async fn finish(&self, rows: RawRows) {
-        if timeout(CLEAN_UP, to_end(rows)).await.is_err() {
+        if !rows.is_done() && timeout(CLEAN_UP, to_end(rows)).await.is_err() {
             self.session.discard();
         }
     }
@@ -216,24 +216,30 @@ impl Lease {
             server.address = session.peer.address(),
         );
         let token = session.client.cancel_token();
-        let cancel = async {
-            let mut end = pin!(end);
-            let mut patience = PATIENCE;
-            loop {
-                // To its end, always: a cancel that is still under way could hit the next query.
-                session.peer.cancel(&token).await.ok()?;
-                if let Ok(ended) = timeout(patience, &mut end).await {
-                    return Some(ended);
-                }
-                patience *= 2;
-            }
-        };
-        let ended = timeout(CLEAN_UP, cancel).instrument(span.clone()).await.ok().flatten();
+        let ended = timeout(CLEAN_UP, cancel_until(&session.peer, &token, end))
+            .instrument(span.clone())
+            .await
+            .ok()
+            .flatten();
         if ended.is_none() {
             span.record("otel.status_code", "error");
             session.discard();
         }
         ended
+    }
+}
+
+/// `None`: Postgres could not be asked.
+async fn cancel_until<T>(peer: &Peer, token: &CancelToken, end: impl Future<Output = T>) -> Option<T> {
+    let mut end = pin!(end);
+    let mut patience = PATIENCE;
+    loop {
+        // Awaited to its end, always: a cancel that is still under way could hit the next query.
+        peer.cancel(token).await.ok()?;
+        if let Ok(ended) = timeout(patience, &mut end).await {
+            return Some(ended);
+        }
+        patience *= 2;
     }
 }
 
