@@ -1,0 +1,186 @@
+//! A run, in a process of its own: so that all its threads are counted, and no mode disturbs the next.
+
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::resource::{Usage, UsageWho, getrusage};
+use nix::sys::time::{TimeVal, TimeValLike as _};
+use serde::{Deserialize, Serialize};
+
+use crate::mode::Mode;
+use crate::peers::{Peer, Raw, RawBytes, Sqlx, Stream, StreamBytes, Wire};
+use crate::{Failure, f64_of};
+
+/// Tells the program that it is a child.
+const CHILD: &str = "FRAISEQL_STREAM_BENCH_JOB";
+
+/// What a child is to do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Job {
+    pub(crate) mode: Mode,
+    pub(crate) url: String,
+    pub(crate) table: String,
+    pub(crate) runtime: Runtime,
+    /// Rows of a first query that is not counted.
+    pub(crate) warm_up: u64,
+    /// So many times the table is read.
+    pub(crate) times: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+pub(crate) enum Runtime {
+    /// Two workers, rows taken in a spawned task, as in any service.
+    MultiThread,
+    /// Two workers, rows taken in `main` itself, which is none of them.
+    MultiThreadMain,
+    CurrentThread,
+}
+
+/// What a child has measured.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Outcome {
+    pub(crate) rows: u64,
+    pub(crate) checksum: u64,
+    /// CPU time of the whole process, in user and kernel, from the queries to the flushed telemetry.
+    pub(crate) user: Duration,
+    pub(crate) system: Duration,
+    /// What of it went into flushing telemetry at the end.
+    pub(crate) flush: Duration,
+    /// Page faults, each of which costs the kernel a microsecond or so.
+    pub(crate) faults: u64,
+    /// How often a thread went to sleep.
+    pub(crate) sleeps: u64,
+    /// From a query to its first row, for each query.
+    pub(crate) first_rows: Vec<Duration>,
+}
+
+impl Outcome {
+    pub(crate) fn cpu_us_per_row(&self) -> f64 {
+        self.per_row((self.user + self.system).as_secs_f64() * 1e6)
+    }
+
+    pub(crate) fn per_row(&self, sum: f64) -> f64 {
+        sum / f64_of(self.rows.max(1))
+    }
+}
+
+impl Job {
+    /// Has a child do it, if wished under another program. `collector` is the endpoint for a mode that exports.
+    pub(crate) fn run(&self, collector: &str, under: Option<&str>) -> Result<Outcome, Failure> {
+        let own = std::env::current_exe()?;
+        let mut words = under.into_iter().flat_map(str::split_whitespace);
+        let mut child = match words.next() {
+            Some(program) => Command::new(program),
+            None => Command::new(&own),
+        };
+        if under.is_some() {
+            child.args(words).arg(&own);
+        }
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("OTEL_") {
+                child.env_remove(name);
+            }
+        }
+        child.env(CHILD, serde_json::to_string(self)?);
+        if self.mode.has_telemetry() {
+            child.env("OTEL_SERVICE_NAME", "throughput");
+            child.env("OTEL_EXPORTER_OTLP_ENDPOINT", collector);
+            child.env("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf");
+        }
+        let output = child.stderr(Stdio::inherit()).output()?;
+        if !output.status.success() {
+            return Err(format!("{} failed: {}", self.mode, output.status).into());
+        }
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    /// The job of this process, if it is a child.
+    pub(crate) fn mine() -> Result<Option<Self>, Failure> {
+        let job = std::env::var(CHILD).ok();
+        Ok(job.map(|job| serde_json::from_str(&job)).transpose()?)
+    }
+
+    /// Does it in this process.
+    pub(crate) fn work(self) -> Result<Outcome, Failure> {
+        let mut builder = match self.runtime {
+            Runtime::CurrentThread => tokio::runtime::Builder::new_current_thread(),
+            Runtime::MultiThread | Runtime::MultiThreadMain => {
+                let mut builder = tokio::runtime::Builder::new_multi_thread();
+                builder.worker_threads(2);
+                builder
+            }
+        };
+        let runtime = builder.enable_all().build()?;
+        if self.runtime == Runtime::MultiThread {
+            runtime.block_on(async { tokio::spawn(self.measure()).await? })
+        } else {
+            runtime.block_on(self.measure())
+        }
+    }
+
+    async fn measure(self) -> Result<Outcome, Failure> {
+        match self.mode {
+            Mode::Raw => self.measure_peer::<Raw>().await,
+            Mode::StreamTelemetryOff | Mode::StreamTelemetryOn => self.measure_peer::<Stream>().await,
+            Mode::FraiseqlWire => self.measure_peer::<Wire>().await,
+            Mode::Sqlx => self.measure_peer::<Sqlx>().await,
+            Mode::RawBytes => self.measure_peer::<RawBytes>().await,
+            Mode::StreamBytesTelemetryOff | Mode::StreamBytesTelemetryOn => {
+                self.measure_peer::<StreamBytes>().await
+            }
+        }
+    }
+
+    async fn measure_peer<P: Peer>(self) -> Result<Outcome, Failure> {
+        let telemetry = if self.mode.has_telemetry() { Some(fraiseql_stream::otlp::init()?) } else { None };
+        let mut peer = P::connect(&self.url, self.times + 1).await?;
+        peer.read(&self.table, Some(self.warm_up), |_| ()).await?;
+
+        let mut tally = Tally::default();
+        let before = getrusage(UsageWho::RUSAGE_SELF)?;
+        for _ in 0..self.times {
+            tally.began = Some(Instant::now());
+            peer.read(&self.table, None, |row| tally.count(row)).await?;
+        }
+        let streamed = getrusage(UsageWho::RUSAGE_SELF)?;
+        if let Some(telemetry) = telemetry {
+            telemetry.shutdown().await?;
+        }
+        let after = getrusage(UsageWho::RUSAGE_SELF)?;
+        let count = |count: fn(&Usage) -> i64| count(&after).saturating_sub(count(&before)).unsigned_abs();
+        Ok(Outcome {
+            rows: tally.rows,
+            checksum: tally.checksum,
+            user: time(after.user_time() - before.user_time()),
+            system: time(after.system_time() - before.system_time()),
+            flush: time(
+                after.user_time() + after.system_time() - streamed.user_time() - streamed.system_time(),
+            ),
+            faults: count(Usage::minor_page_faults),
+            sleeps: count(Usage::voluntary_context_switches),
+            first_rows: tally.first_rows,
+        })
+    }
+}
+
+/// Adds up what a peer reads.
+#[derive(Default)]
+struct Tally {
+    rows: u64,
+    checksum: u64,
+    first_rows: Vec<Duration>,
+    /// Since when a first row is awaited.
+    began: Option<Instant>,
+}
+
+impl Tally {
+    fn count(&mut self, row: u64) {
+        self.first_rows.extend(self.began.take().map(|began| began.elapsed()));
+        self.rows += 1;
+        self.checksum = self.checksum.wrapping_add(row);
+    }
+}
+
+fn time(time: TimeVal) -> Duration {
+    Duration::from_micros(time.num_microseconds().unsigned_abs())
+}

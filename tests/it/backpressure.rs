@@ -1,0 +1,200 @@
+//! Bounded memory: a full channel makes Postgres wait, and never costs a row.
+
+use std::thread;
+use std::time::Duration;
+
+use fraiseql_stream::{Observer, RawJson};
+use futures_util::StreamExt;
+
+use crate::server::{Database, Doc, ENDLESS, SOON, assert_unbroken, eventually, rows_of, table, within};
+
+/// The most that was ever seen in the channel.
+#[derive(Debug, Default)]
+struct Seen {
+    looks: u32,
+    rows: usize,
+    bytes: usize,
+}
+
+/// Looks at the channel from a thread of its own until the stream is over.
+fn watch(observer: Observer) -> thread::JoinHandle<Seen> {
+    thread::spawn(move || {
+        let mut seen = Seen::default();
+        while !observer.is_ended() {
+            let stats = observer.stats();
+            seen.looks += 1;
+            seen.rows = seen.rows.max(stats.buffered_rows);
+            seen.bytes = seen.bytes.max(stats.buffered_bytes);
+            thread::sleep(Duration::from_micros(200));
+        }
+        seen
+    })
+}
+
+#[tokio::test]
+async fn buffered_bytes_never_exceed_max_memory() {
+    const LIMIT: usize = 100_000;
+    let database = table(600, 9_000);
+    let mut db = database.connect().await;
+    let query = db.query::<Doc>("t").order_by("id").max_memory(LIMIT);
+    let mut stream = query.stream().await.unwrap();
+    let watcher = watch(stream.observer());
+    let mut rows = Vec::new();
+    while let Some(row) = within(SOON, stream.next()).await {
+        rows.push(row.unwrap());
+        // A slow consumer.
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let seen = watcher.join().unwrap();
+    let stats = stream.stats();
+    assert_eq!(rows.len(), 600);
+    assert_unbroken(&rows);
+    assert!(seen.looks > 100, "{seen:?}");
+    assert!(seen.bytes <= LIMIT && stats.peak_bytes <= LIMIT, "{seen:?} {stats:?}");
+    assert!(seen.bytes <= stats.peak_bytes, "{seen:?} {stats:?}");
+    // It is a budget to be used, too: ten rows of 9 kB fit.
+    assert!(stats.peak_bytes >= 10 * 9_000, "{stats:?}");
+    assert_eq!(stats.byte_limit, LIMIT);
+}
+
+#[tokio::test]
+async fn rows_never_exceed_256() {
+    let database = Database::with(ENDLESS);
+    let mut db = database.connect().await;
+    let query = db.query::<Doc>("endless").limit(3_000);
+    let mut stream = query.stream().await.unwrap();
+    let watcher = watch(stream.observer());
+    let mut rows = Vec::new();
+    while let Some(row) = within(SOON, stream.next()).await {
+        rows.push(row.unwrap());
+        if rows.len() % 50 == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    let seen = watcher.join().unwrap();
+    assert_eq!(rows.len(), 3_000);
+    assert_unbroken(&rows);
+    assert_eq!(stream.stats().row_limit, 256);
+    // Full, and not over it.
+    assert_eq!(seen.rows, 256, "{seen:?}");
+}
+
+#[tokio::test]
+async fn a_full_channel_makes_the_producer_wait_for_room() {
+    let database = Database::with(ENDLESS);
+    let mut db = database.connect().await;
+    let stream = db.query::<Doc>("endless").stream().await.unwrap();
+    let observer = stream.observer();
+    eventually("the producer waits for room", || {
+        observer.stats().producer_time.room > Duration::from_millis(50)
+    })
+    .await;
+    let (before, after) = (observer.stats(), observer.stats());
+    assert_eq!(before.buffered_rows, 256);
+    assert_eq!(before.bytes, after.bytes, "nothing more is read");
+    assert!(after.producer_time.room > before.producer_time.room, "a wait counts while it goes on");
+    assert_eq!(after.producer_time.source, before.producer_time.source);
+}
+
+#[tokio::test]
+async fn a_row_larger_than_the_whole_budget_passes_alone() {
+    const LIMIT: usize = 100_000;
+    let database = Database::with(
+        "CREATE TABLE t AS SELECT i AS id, jsonb_build_object('id', i, 'pad',
+             repeat('x', CASE WHEN i % 5 = 0 THEN 300000 ELSE 20000 END)) AS data FROM generate_series(0, 49) i",
+    );
+    let mut db = database.connect().await;
+    let query = db.query::<Doc>("t").order_by("id").max_memory(LIMIT);
+    let mut stream = query.stream().await.unwrap();
+    let observer = stream.observer();
+    let mut rows = Vec::new();
+    for _ in 0..10 {
+        // What is next is an oversized row: nothing else lies in the channel with it.
+        eventually("the producer has filled the channel", || observer.stats().buffered_bytes > LIMIT).await;
+        let stats = observer.stats();
+        assert_eq!(stats.buffered_rows, 1, "{stats:?}");
+        for _ in 0..5 {
+            rows.push(within(SOON, stream.next()).await.unwrap().unwrap());
+        }
+    }
+    assert!(within(SOON, stream.next()).await.is_none());
+    assert_eq!(rows.len(), 50);
+    assert_unbroken(&rows);
+    let peak = stream.stats().peak_bytes;
+    assert!((300_000..301_000).contains(&peak), "{peak}");
+}
+
+#[tokio::test]
+async fn a_budget_of_one_byte_lets_rows_pass_one_by_one() {
+    let database = table(300, 100);
+    let mut db = database.connect().await;
+    let query = db.query::<Doc>("t").order_by("id").max_memory(1);
+    let mut stream = query.stream().await.unwrap();
+    let watcher = watch(stream.observer());
+    let mut rows = Vec::new();
+    while let Some(row) = within(SOON, stream.next()).await {
+        rows.push(row.unwrap());
+    }
+    assert_eq!(rows.len(), 300);
+    assert_unbroken(&rows);
+    assert!(watcher.join().unwrap().rows <= 1);
+}
+
+#[tokio::test]
+async fn a_larger_chunk_size_is_the_bound_of_rows() {
+    let database = Database::with(ENDLESS);
+    let mut db = database.connect().await;
+    let query = db.query::<Doc>("endless").chunk_size(1_000);
+    let stream = query.stream().await.unwrap();
+    let observer = stream.observer();
+    eventually("the channel is full", || observer.stats().buffered_rows == 1_000).await;
+    assert_eq!(observer.stats().row_limit, 1_000);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn six_hundred_rows_of_a_mebibyte_arrive_under_a_budget_of_10_mb() {
+    const LIMIT: usize = 10_000_000;
+    let database = Database::with(
+        r#"CREATE VIEW big AS SELECT ('{"id":' || i || ',"pad":"' || repeat('x', 1048576) || '"}')::json AS data
+           FROM generate_series(0, 599) i"#,
+    );
+    let mut db = database.connect().await;
+    let query = db.query::<RawJson>("big").max_memory(LIMIT);
+    let mut stream = query.stream().await.unwrap();
+    let watcher = watch(stream.observer());
+    let (mut number, mut bytes) = (0, 0);
+    while let Some(row) = within(SOON, stream.next()).await {
+        let row = row.unwrap();
+        let start = format!(r#"{{"id":{number},"pad":"xx"#);
+        assert!(row.as_bytes().starts_with(start.as_bytes()), "row {number}");
+        assert!(row.as_bytes().ends_with(b"xx\"}"), "row {number}");
+        bytes += row.as_bytes().len() as u64;
+        number += 1;
+        // A slow consumer.
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let stats = stream.stats();
+    assert_eq!(number, 600);
+    assert!(bytes > 600 * 1_048_576 && bytes == stats.bytes, "{bytes} {stats:?}");
+    let seen = watcher.join().unwrap();
+    assert!(seen.bytes <= LIMIT && stats.peak_bytes <= LIMIT, "{seen:?} {stats:?}");
+}
+
+#[tokio::test]
+async fn postgres_is_held_back_and_does_not_run_ahead() {
+    // With a channel of 256 rows of 9 kB and the kernel's buffers full, it must stop far from the end.
+    let database = Database::with(
+        "CREATE VIEW wide AS SELECT jsonb_build_object('id', i, 'pad', repeat('x', 9000)) AS data
+             FROM generate_series(0, 4999) i",
+    );
+    let admin = database.admin().await;
+    let mut db = database.connect().await;
+    let pid = crate::server::backend_of(&mut db).await;
+    let query = db.query::<Doc>("wide").max_memory(1_000_000);
+    let stream = query.stream().await.unwrap();
+    // `Client`: it waits for us to read.
+    within(SOON, admin.until_waits_for(pid, "Client")).await;
+    let rows = rows_of(stream).await;
+    assert_eq!(rows.len(), 5_000);
+    assert_unbroken(&rows);
+}

@@ -1,0 +1,247 @@
+//! Bad input: an error that says what to change, and a connection that can be used again.
+
+use fraiseql_stream::{Connection, Error, ErrorKind};
+use futures_util::StreamExt;
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::server::{Database, Doc, SOON, all_of, ids, rows_of, table, table_script, within};
+
+/// Asks for a stream that must not begin; afterwards the connection must be good for the next one.
+macro_rules! refusal {
+    ($db:expr, $query:expr) => {{
+        let error = within(SOON, $query.stream()).await.map(drop).unwrap_err();
+        assert_eq!(error.to_string().lines().count(), 1, "{error}");
+        assert_eq!(ids(&rows_of($db.query::<Doc>("good").stream().await.unwrap()).await), [0]);
+        error
+    }};
+}
+
+/// A database with a table `good` of one row, and what the script makes.
+fn database(script: &str) -> Database {
+    Database::with(&format!("{} {script}", table_script("good", 1, 0)))
+}
+
+fn text_of(error: &Error, kind: ErrorKind) -> String {
+    assert_eq!(error.kind(), kind, "{error}");
+    error.to_string()
+}
+
+#[tokio::test]
+async fn an_unknown_relation_is_an_error_of_the_query() {
+    let database = database("");
+    let mut db = database.connect().await;
+    let error = refusal!(db, db.query::<Value>("ordesr"));
+    assert_eq!(error.sqlstate().unwrap().code(), "42P01");
+    let text = text_of(&error, ErrorKind::Query);
+    assert!(text.contains(r#"relation "ordesr" does not exist"#), "{text}");
+    let error = refusal!(db, db.query::<Value>("sales.good"));
+    assert!(text_of(&error, ErrorKind::Query).contains("sales.good"), "{error}");
+}
+
+#[tokio::test]
+async fn a_relation_without_a_column_data_is_told() {
+    let database = database("CREATE TABLE t (doc jsonb)");
+    let mut db = database.connect().await;
+    let error = refusal!(db, db.query::<Value>("t"));
+    assert_eq!(error.sqlstate().unwrap().code(), "42703");
+    let text = text_of(&error, ErrorKind::Query);
+    assert!(text.contains(r#"column "data" does not exist"#), "{text}");
+}
+
+#[tokio::test]
+async fn a_column_of_another_type_is_refused_by_its_name_and_type() {
+    let database = database(
+        "CREATE TYPE mood AS ENUM ('sad', 'ok'); CREATE DOMAIN positive AS int CHECK (VALUE > 0);
+         CREATE TABLE texts AS SELECT '{}'::text AS data;
+         CREATE TABLE ints AS SELECT 1 AS data;
+         CREATE TABLE arrays AS SELECT ARRAY['{}'::jsonb] AS data;
+         CREATE TABLE domains AS SELECT 1::positive AS data;
+         CREATE TABLE composites AS SELECT good AS data FROM good;
+         CREATE TABLE enums AS SELECT 'ok'::mood AS data;",
+    );
+    let mut db = database.connect().await;
+    let cases = [
+        ("texts", "text"),
+        ("ints", "int4"),
+        ("arrays", "_jsonb"),
+        ("domains", "int4"),
+        ("composites", "good"),
+        ("enums", "mood"),
+    ];
+    for (entity, ty) in cases {
+        let error = refusal!(db, db.query::<Value>(entity));
+        let text = text_of(&error, ErrorKind::Config);
+        assert!(text.starts_with(&format!("{entity}: column data is of type ")), "{text}");
+        assert!(text.contains(ty) && text.contains("json or jsonb"), "{text}");
+        assert!(text.contains("to_jsonb(data)"), "what to change: {text}");
+    }
+}
+
+#[tokio::test]
+async fn a_large_view_whose_data_is_an_enum_does_not_hang() {
+    let database = database(
+        "CREATE TYPE mood AS ENUM ('sad', 'ok');
+         CREATE VIEW moods AS SELECT 'ok'::mood AS data FROM generate_series(1, 200000);",
+    );
+    let mut db = database.connect().await;
+    let error = refusal!(db, db.query::<Value>("moods"));
+    assert!(text_of(&error, ErrorKind::Config).contains("mood"), "{error}");
+}
+
+#[tokio::test]
+async fn a_domain_over_jsonb_streams_or_is_refused_but_is_never_garbage() {
+    let database = database(
+        "CREATE DOMAIN document AS jsonb CHECK (VALUE ? 'id');
+         CREATE TABLE t AS SELECT '{\"id\": 5}'::document AS data;",
+    );
+    let mut db = database.connect().await;
+    match within(SOON, db.query::<Doc>("t").stream()).await {
+        Ok(stream) => assert_eq!(ids(&rows_of(stream).await), [5]),
+        Err(error) => assert!(text_of(&error, ErrorKind::Config).contains("document"), "{error}"),
+    }
+}
+
+#[tokio::test]
+async fn too_few_and_too_many_values_are_told_with_both_numbers() {
+    let database = database("");
+    let mut db = database.connect().await;
+    let error = refusal!(db, db.query::<Value>("good").where_sql("id = $1 AND id < $2", &[&1_i32]));
+    let text = text_of(&error, ErrorKind::Config);
+    assert!(text.contains("2 parameters") && text.contains("1 values"), "{text}");
+    let error = refusal!(db, db.query::<Value>("good").where_sql("id = 1", &[&1_i32]));
+    let text = text_of(&error, ErrorKind::Config);
+    assert!(text.contains("0 parameters") && text.contains("1 values"), "{text}");
+}
+
+#[tokio::test]
+async fn a_value_of_the_wrong_type_is_told_by_number_and_both_types() {
+    let database = database("");
+    let mut db = database.connect().await;
+    let query = db.query::<Value>("good").where_sql("data->>'pad' = $1 AND id = $2", &[&"x", &"7"]);
+    let error = refusal!(db, query);
+    let text = text_of(&error, ErrorKind::Config);
+    assert!(text.contains("$2") && text.contains("int4") && text.contains("str"), "{text}");
+    assert!(text.contains("$2::text::int4"), "what to change: {text}");
+    // And the way out that it names works.
+    let query = db.query::<Doc>("good").where_sql("id = $1::text::int4", &[&"0"]);
+    assert_eq!(ids(&rows_of(query.stream().await.unwrap()).await), [0]);
+}
+
+#[tokio::test]
+async fn a_value_that_postgres_cannot_read_is_an_error_with_its_sqlstate() {
+    let database = database("");
+    let mut db = database.connect().await;
+    let query = db.query::<Doc>("good").where_sql("id = $1::text::int4", &[&"seven"]);
+    // The types fit, so Postgres sees the value only when it runs: the stream's first item says so.
+    let mut stream = query.stream().await.unwrap();
+    let error = within(SOON, stream.next()).await.unwrap().unwrap_err();
+    assert_eq!(error.sqlstate().unwrap().code(), "22P02");
+    assert!(text_of(&error, ErrorKind::Query).contains("seven"), "{error}");
+    assert!(within(SOON, stream.next()).await.is_none());
+}
+
+#[tokio::test]
+async fn wrong_sql_in_a_condition_is_an_error_of_the_query() {
+    let database = database("");
+    let mut db = database.connect().await;
+    let error = refusal!(db, db.query::<Value>("good").where_sql("id = = 1", &[]));
+    assert_eq!(error.sqlstate().unwrap().code(), "42601");
+    let error = refusal!(db, db.query::<Value>("good").where_sql("true; DROP TABLE good", &[]));
+    assert_eq!(error.sqlstate().unwrap().code(), "42601");
+    let error = refusal!(db, db.query::<Value>("good").order_by("no_such_column"));
+    assert!(text_of(&error, ErrorKind::Query).contains("no_such_column"), "{error}");
+}
+
+#[derive(Debug, Deserialize)]
+struct Strict {
+    id: u8,
+    #[expect(dead_code, reason = "only to be required")]
+    name: String,
+}
+
+#[tokio::test]
+async fn json_that_is_not_a_t_names_the_row_and_what_was_expected() {
+    let database = database(
+        r#"CREATE TABLE t (data json);
+           INSERT INTO t VALUES ('{"id": 1, "name": "a"}'), ('{"id": 2}'), ('{"id": 300, "name": "b"}'),
+                                ('{"id": "4", "name": "c"}'), ('[]'), ('{"id": 6, "name": "d"}')"#,
+    );
+    let mut db = database.connect().await;
+    let mut stream = db.query::<Strict>("t").stream().await.unwrap();
+    let mut outcomes = Vec::new();
+    while let Some(row) = within(SOON, stream.next()).await {
+        outcomes.push(row.map(|row| row.id).map_err(|error| (error.kind(), error.to_string())));
+    }
+    let expected = [
+        Ok(1),
+        Err((1, "missing field `name`")),
+        Err((2, "expected u8")),
+        Err((3, "expected u8")),
+        Err((4, "expected struct Strict")),
+        Ok(6),
+    ];
+    assert_eq!(outcomes.len(), expected.len());
+    for (outcome, expected) in outcomes.into_iter().zip(expected) {
+        match (outcome, expected) {
+            (Ok(id), Ok(expected)) => assert_eq!(id, expected),
+            (Err((kind, text)), Err((row, why))) => {
+                assert_eq!(kind, ErrorKind::Decode { row });
+                assert!(text.starts_with(&format!("t: row {row}: ")) && text.contains(why), "{text}");
+            }
+            (outcome, expected) => panic!("{outcome:?} is not {expected:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_chunk_of_no_rows_and_a_budget_of_no_bytes_are_refused() {
+    let database = database("");
+    let mut db = database.connect().await;
+    let error = refusal!(db, db.query::<Value>("good").chunk_size(0));
+    assert!(text_of(&error, ErrorKind::Config).contains("chunk_size is 0"), "{error}");
+    let error = refusal!(db, db.query::<Value>("good").max_memory(0));
+    assert!(text_of(&error, ErrorKind::Config).contains("max_memory is 0"), "{error}");
+}
+
+#[tokio::test]
+async fn what_is_no_name_is_refused_with_how_to_write_it() {
+    let database = database("");
+    let mut db = database.connect().await;
+    for entity in ["", ".", "a..b", "\"a", "a\0b"] {
+        let error = refusal!(db, db.query::<Value>(entity));
+        let text = text_of(&error, ErrorKind::Config);
+        assert!(text.contains("no name of a relation") && text.contains("schema.name"), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn a_limit_beyond_what_postgres_counts_is_an_error_and_not_a_short_stream() {
+    let database = table(3, 0);
+    let mut db = database.connect().await;
+    let mut stream = db.query::<Doc>("t").limit(u64::MAX).stream().await.unwrap();
+    let error = within(SOON, stream.next()).await.unwrap().unwrap_err();
+    assert!(text_of(&error, ErrorKind::Query).contains("bigint out of range"), "{error}");
+}
+
+#[tokio::test]
+async fn a_connection_string_that_makes_no_sense_is_refused_without_showing_it() {
+    for connection in [
+        "",
+        "garbage s3cr3t",
+        "postgres://",
+        "postgres://me:s3cr3t@host:port/shop",
+        "postgres://me:s3cr3t@host/shop?connect_timeout=s3cr3t",
+        "http://me:s3cr3t@host/shop",
+        "host=h user=me password=s3cr3t extra s3cr3t",
+        "host=h user=me passwort=s3cr3t",
+        "host=a,b hostaddr=127.0.0.1 user=me password=s3cr3t",
+        "host=a,b,c port=1,2 user=me password=s3cr3t",
+        "user=me password=s3cr3t",
+    ] {
+        let error = within(SOON, Connection::connect(connection)).await.unwrap_err();
+        let text = text_of(&error, ErrorKind::Config);
+        assert!(text.contains("connection string"), "{connection:?}: {text}");
+        assert!(!all_of(&error).contains("s3cr3t"), "{connection:?}: {}", all_of(&error));
+    }
+}

@@ -1,0 +1,226 @@
+//! Connecting: by every form of address, and with an error that says what to change when it fails.
+
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+use fraiseql_stream::{Connection, Error, ErrorKind};
+
+use crate::server::{Database, SOON, all_of, backend_of, connect, scalar, shared, within};
+
+async fn refusal(connection: &str) -> Error {
+    match within(SOON, Connection::connect(connection)).await {
+        Ok(connected) => panic!("this should have been refused: {connected:?}"),
+        Err(error) => error,
+    }
+}
+
+/// Connects and asks the server where it is.
+async fn database_of(connection: &str) -> String {
+    scalar(&mut connect(connection).await, "SELECT current_database()::text").await
+}
+
+#[tokio::test]
+async fn a_url_connects() {
+    let database = Database::with("");
+    assert_eq!(database_of(&database.url).await, database.name);
+}
+
+#[tokio::test]
+async fn a_key_value_string_connects() {
+    let database = Database::with("");
+    let connection = format!(
+        "host=127.0.0.1 port={} user=postgres password='{}' dbname={}",
+        shared().port(),
+        shared().password(),
+        database.name
+    );
+    assert_eq!(database_of(&connection).await, database.name);
+}
+
+#[tokio::test]
+async fn a_unix_socket_connects() {
+    let database = Database::with("");
+    let mut db = connect(&database.socket()).await;
+    let is_socket: bool = scalar(&mut db, "SELECT inet_server_addr() IS NULL").await;
+    assert!(is_socket);
+}
+
+#[tokio::test]
+async fn a_unix_socket_connects_by_a_url_as_well() {
+    let database = Database::with("");
+    let dir = shared().socket_dir().to_str().unwrap().replace('/', "%2F");
+    let url =
+        format!("postgres://postgres:{}@{dir}:{}/{}", shared().password(), shared().port(), database.name);
+    assert_eq!(database_of(&url).await, database.name);
+}
+
+#[tokio::test]
+async fn of_several_hosts_the_first_that_lives_is_taken() {
+    let database = Database::with("");
+    let (port, password) = (shared().port(), shared().password());
+    let by_keys = format!(
+        "host=127.0.0.1,127.0.0.1 port=1,{port} user=postgres password={password} dbname={}",
+        database.name
+    );
+    assert_eq!(database_of(&by_keys).await, database.name);
+    let by_url = format!("postgres://postgres:{password}@127.0.0.1:1,127.0.0.1:{port}/{}", database.name);
+    assert_eq!(database_of(&by_url).await, database.name);
+}
+
+#[tokio::test]
+async fn settings_in_the_connection_string_reach_the_session() {
+    let database = Database::with("");
+    let url = format!("{}?application_name=mine&options=-c%20work_mem%3D7MB", database.url);
+    let mut db = connect(&url).await;
+    let name: String = scalar(&mut db, "SELECT current_setting('application_name')").await;
+    let memory: String = scalar(&mut db, "SELECT current_setting('work_mem')").await;
+    assert_eq!((name.as_str(), memory.as_str()), ("mine", "7MB"));
+}
+
+#[tokio::test]
+async fn modes_that_allow_plaintext_connect() {
+    let database = Database::with("");
+    for mode in ["disable", "prefer"] {
+        assert_eq!(database_of(&format!("{}?sslmode={mode}", database.url)).await, database.name);
+    }
+}
+
+#[tokio::test]
+async fn a_mode_that_asks_for_tls_is_refused_before_anything_is_sent() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    for mode in ["require", "verify-ca", "verify-full"] {
+        for connection in [
+            format!("postgres://me:s3cr3t@127.0.0.1:{port}/shop?sslmode={mode}"),
+            format!("host=127.0.0.1 port={port} user=me password=s3cr3t sslmode={mode}"),
+        ] {
+            let error = refusal(&connection).await;
+            assert_eq!(error.kind(), ErrorKind::Config);
+            let text = error.to_string();
+            assert!(text.contains(&format!("sslmode={mode}")) && text.contains("TLS"), "{text}");
+            assert!(!all_of(&error).contains("s3cr3t"), "{}", all_of(&error));
+        }
+    }
+    let visit = listener.accept();
+    assert_eq!(visit.unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "somebody connected");
+}
+
+#[tokio::test]
+async fn an_unreachable_host_is_told_with_its_address_and_cause() {
+    let error = refusal("postgres://me:s3cr3t@127.0.0.1:1/shop").await;
+    assert_eq!(error.kind(), ErrorKind::Connect);
+    let text = error.to_string();
+    assert!(text.contains("127.0.0.1:1") && text.contains("refused"), "{text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert!(!all_of(&error).contains("s3cr3t"), "{}", all_of(&error));
+}
+
+#[tokio::test]
+async fn a_name_that_does_not_resolve_is_told() {
+    let error = refusal("postgres://me:s3cr3t@no-such-host.invalid/shop").await;
+    assert_eq!(error.kind(), ErrorKind::Connect);
+    assert!(error.to_string().contains("no-such-host.invalid"), "{error}");
+    assert!(!all_of(&error).contains("s3cr3t"), "{}", all_of(&error));
+}
+
+#[tokio::test]
+async fn a_missing_unix_socket_is_told_with_its_path() {
+    let error = refusal("host=/no/such/dir user=me password=s3cr3t").await;
+    assert_eq!(error.kind(), ErrorKind::Connect);
+    let text = error.to_string();
+    assert!(text.contains("/no/such/dir/.s.PGSQL.5432"), "{text}");
+    assert!(text.contains("No such file or directory"), "{text}");
+    assert!(!all_of(&error).contains("s3cr3t"), "{}", all_of(&error));
+}
+
+#[tokio::test]
+async fn a_host_that_never_answers_is_given_up_after_connect_timeout() {
+    // The kernel completes the handshake; nobody ever reads.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let start = Instant::now();
+    let error = refusal(&format!("postgres://me:s3cr3t@127.0.0.1:{port}/shop?connect_timeout=1")).await;
+    let took = start.elapsed();
+    assert!((Duration::from_millis(900)..Duration::from_secs(3)).contains(&took), "{took:?}");
+    assert_eq!(error.kind(), ErrorKind::Connect);
+    let text = error.to_string();
+    assert!(text.contains(&format!("127.0.0.1:{port}")) && text.contains("1 s"), "{text}");
+    assert!(!all_of(&error).contains("s3cr3t"), "{}", all_of(&error));
+}
+
+#[tokio::test]
+async fn a_server_that_speaks_another_protocol_is_an_error_of_connecting() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        use tokio::io::AsyncWriteExt as _;
+        let (mut socket, _) = listener.accept().await.unwrap();
+        let _ = socket.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
+    });
+    let connection = format!("postgres://me:s3cr3t@127.0.0.1:{port}/shop?connect_timeout=2");
+    let error = refusal(&connection).await;
+    assert_eq!(error.kind(), ErrorKind::Connect);
+    assert!(error.to_string().contains(&format!("127.0.0.1:{port}")), "{error}");
+    assert!(!all_of(&error).contains("s3cr3t"), "{}", all_of(&error));
+}
+
+#[tokio::test]
+async fn a_wrong_password_is_told_with_its_user_and_never_shown() {
+    let port = shared().port();
+    let error = refusal(&format!("postgres://postgres:s3cr3t@127.0.0.1:{port}/postgres")).await;
+    assert_eq!(error.kind(), ErrorKind::Connect);
+    assert_eq!(error.sqlstate().unwrap().code(), "28P01");
+    let text = error.to_string();
+    assert!(text.contains("password authentication failed for user \"postgres\""), "{text}");
+    assert!(text.contains(&format!("127.0.0.1:{port}")), "{text}");
+    assert!(!all_of(&error).contains("s3cr3t"), "{}", all_of(&error));
+}
+
+#[tokio::test]
+async fn a_missing_password_is_told() {
+    let port = shared().port();
+    let error = refusal(&format!("postgres://postgres@127.0.0.1:{port}/postgres")).await;
+    assert_eq!(error.kind(), ErrorKind::Connect);
+    assert!(error.to_string().contains("password missing"), "{error}");
+}
+
+#[tokio::test]
+async fn an_unknown_database_is_told() {
+    let error = refusal(&shared().url_for("no_such_database")).await;
+    assert_eq!(error.kind(), ErrorKind::Connect);
+    assert_eq!(error.sqlstate().unwrap().code(), "3D000");
+    assert!(error.to_string().contains("no_such_database"), "{error}");
+    assert!(!all_of(&error).contains(shared().password()), "{}", all_of(&error));
+}
+
+#[tokio::test]
+async fn no_debug_output_shows_the_password_or_a_value() {
+    let database = Database::with("CREATE VIEW v AS SELECT '1'::jsonb AS data");
+    let password = shared().password();
+    let hidden = |shown: String| {
+        assert!(!shown.contains(password), "the password shows: {shown}");
+        assert!(!shown.contains("a-value"), "a value shows: {shown}");
+    };
+    let builder = Connection::builder(&database.url);
+    hidden(format!("{builder:?} {builder:#?}"));
+    let mut db = builder.connect().await.unwrap();
+    hidden(format!("{db:?} {db:#?}"));
+    let query = db.query::<serde_json::Value>("v").where_sql("$1 = 'a'", &[&"a-value"]);
+    hidden(format!("{query:?} {query:#?}"));
+    let stream = query.stream().await.unwrap();
+    hidden(format!("{stream:?} {stream:#?} {:?} {}", stream.observer(), stream.stats()));
+    let owned = Connection::connect(&database.socket()).await.unwrap();
+    hidden(format!("{owned:?}"));
+    hidden(format!("{:?}", owned.into_query::<u32>("v")));
+}
+
+#[tokio::test]
+async fn a_dropped_connection_ends_its_backend() {
+    let database = Database::with("");
+    let admin = database.admin().await;
+    let mut db = database.connect().await;
+    let pid = backend_of(&mut db).await;
+    drop(db);
+    admin.until(pid, |now| now.is_none()).await;
+}

@@ -1,0 +1,409 @@
+//! Rows: all of them, in order, as any type, and byte by byte as Postgres sent them.
+
+use fraiseql_stream::{ErrorKind, RawJson};
+use futures_util::{StreamExt, TryStreamExt};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::server::{
+    Database, Doc, ENDLESS, SILENT, SOON, assert_unbroken, backend_of, ids, read_all, rows_of, scalar, table,
+    table_script, within,
+};
+
+#[derive(Debug, Deserialize, PartialEq)]
+struct Order {
+    id: u32,
+    lines: Vec<Line>,
+    note: Option<String>,
+}
+
+#[derive(Debug, Deserialize, PartialEq)]
+struct Line {
+    sku: String,
+    price: f64,
+}
+
+/// One document, with spaces, key order, an escape, a doubled key and a character of four bytes.
+const DOCUMENT: &str =
+    r#"{ "note":  "caf\u00e9 𝄞", "id" :7, "lines":[{"sku":"a", "price":1.50}],   "id": 7 }"#;
+
+fn documents() -> Database {
+    Database::with(&format!(
+        "CREATE TABLE as_json (data json); INSERT INTO as_json VALUES ('{DOCUMENT}');
+         CREATE TABLE as_jsonb (data jsonb); INSERT INTO as_jsonb VALUES ('{DOCUMENT}');"
+    ))
+}
+
+#[tokio::test]
+async fn json_and_jsonb_decode_into_a_type_of_the_caller() {
+    let database = documents();
+    let mut db = database.connect().await;
+    #[derive(Debug, Deserialize, PartialEq)]
+    struct Note {
+        note: String,
+    }
+    for entity in ["as_json", "as_jsonb"] {
+        let rows: Vec<Note> = rows_of(db.query(entity).stream().await.unwrap()).await;
+        assert_eq!(rows, [Note { note: "café 𝄞".to_owned() }], "{entity}");
+    }
+    let rows: Vec<Order> = rows_of(db.query("as_jsonb").stream().await.unwrap()).await;
+    let lines = vec![Line { sku: "a".to_owned(), price: 1.5 }];
+    assert_eq!(rows, [Order { id: 7, lines, note: Some("café 𝄞".to_owned()) }]);
+}
+
+#[tokio::test]
+async fn json_and_jsonb_decode_into_a_value() {
+    let database = documents();
+    let mut db = database.connect().await;
+    for entity in ["as_json", "as_jsonb"] {
+        let rows: Vec<Value> = rows_of(db.query(entity).stream().await.unwrap()).await;
+        let expected = json!({"id": 7, "note": "café 𝄞", "lines": [{"sku": "a", "price": 1.5}]});
+        assert_eq!(rows, [expected], "{entity}");
+    }
+}
+
+#[tokio::test]
+async fn raw_json_is_the_bytes_that_postgres_sent() {
+    let database = documents();
+    let mut db = database.connect().await;
+    let rows: Vec<RawJson> = rows_of(db.query("as_json").stream().await.unwrap()).await;
+    assert_eq!(rows.len(), 1);
+    assert_eq!(rows[0].as_bytes(), DOCUMENT.as_bytes());
+    let sent: String = scalar(&mut db, "SELECT data::text FROM as_jsonb").await;
+    let rows: Vec<RawJson> = rows_of(db.query("as_jsonb").stream().await.unwrap()).await;
+    assert_eq!(rows.len(), 1);
+    assert_eq!(rows[0].as_bytes(), sent.as_bytes());
+}
+
+#[tokio::test]
+async fn a_hundred_thousand_rows_come_in_order_none_lost_or_doubled() {
+    let database = table(100_000, 20);
+    let mut db = database.connect().await;
+    let sent: i64 = scalar(&mut db, "SELECT sum(length(data::text)) FROM t").await;
+    let mut stream = db.query::<Doc>("t").order_by("id").stream().await.unwrap();
+    let (rows, error) = read_all(&mut stream).await;
+    assert!(error.is_none(), "{error:?}");
+    assert_eq!(rows.len(), 100_000);
+    assert_unbroken(&rows);
+    let stats = stream.stats();
+    assert_eq!((stats.rows, stats.filtered, stats.failed), (100_000, 0, 0));
+    assert_eq!(stats.bytes, u64::try_from(sent).unwrap());
+    assert_eq!((stats.buffered_rows, stats.buffered_bytes), (0, 0));
+    assert!(stream.next().await.is_none(), "the end is the end");
+}
+
+#[tokio::test]
+async fn values_of_several_types_go_by_number() {
+    let database = Database::with(
+        "CREATE TABLE t AS SELECT i AS id, i % 2 = 0 AS even, i / 2.0::float8 AS half,
+             jsonb_build_object('id', i, 'name', 'n' || i % 10) AS data
+         FROM generate_series(0, 99) i",
+    );
+    let mut db = database.connect().await;
+    let (name, low, high, ids_of) = ("n4", 10_i32, 90_i64, vec![14_i32, 24, 34, 35]);
+    let query = db
+        .query::<Doc>("t")
+        .where_sql(
+            "data->>'name' = $1 AND id > $2 AND id < $3::int8 AND even = $4 AND half < $5 AND id = ANY($6)",
+            &[&name, &low, &high, &true, &17.5_f64, &ids_of],
+        )
+        .order_by("id");
+    assert_eq!(ids(&rows_of(query.stream().await.unwrap()).await), [14, 24, 34]);
+    let nothing: Option<i32> = None;
+    let query = db.query::<Doc>("t").where_sql("id IS NOT DISTINCT FROM $1", &[&nothing]);
+    assert!(rows_of(query.stream().await.unwrap()).await.is_empty());
+    let contains = r#"{"name": "n7"}"#;
+    let query = db.query::<Doc>("t").where_sql("data @> $1::text::jsonb AND id < 20", &[&contains]);
+    assert_eq!(ids(&rows_of(query.stream().await.unwrap()).await), [7, 17]);
+}
+
+#[tokio::test]
+async fn the_numbering_of_values_goes_on_in_the_second_condition() {
+    let database = table(100, 0);
+    let mut db = database.connect().await;
+    let query = db
+        .query::<Doc>("t")
+        // The OR must not reach beyond its own condition.
+        .where_sql("id < $1 OR id > $2", &[&10_i32, &90_i32])
+        .where_sql("id % $3 = 0", &[&5_i32])
+        .order_by("id");
+    assert_eq!(ids(&rows_of(query.stream().await.unwrap()).await), [0, 5, 95]);
+}
+
+#[tokio::test]
+async fn a_value_is_never_sql() {
+    let database = table(3, 0);
+    let mut db = database.connect().await;
+    let value = "x' OR true; DROP TABLE t; --";
+    let query = db.query::<Doc>("t").where_sql("data->>'pad' = $1", &[&value]);
+    assert!(rows_of(query.stream().await.unwrap()).await.is_empty());
+    assert_eq!(rows_of(db.query::<Doc>("t").stream().await.unwrap()).await.len(), 3);
+}
+
+#[tokio::test]
+async fn a_comment_at_the_end_of_a_clause_swallows_nothing() {
+    let database = table(100, 0);
+    let mut db = database.connect().await;
+    let query = db
+        .query::<Doc>("t")
+        .where_sql("id >= $1 -- from here", &[&10_i32])
+        .where_sql("id % 10 = 0 -- only tens", &[])
+        .order_by("id DESC -- from above")
+        .limit(3)
+        .offset(1);
+    assert_eq!(ids(&rows_of(query.stream().await.unwrap()).await), [80, 70, 60]);
+}
+
+#[tokio::test]
+async fn what_a_rust_predicate_keeps_back_is_counted_as_filtered() {
+    let database = table(1_000, 0);
+    let mut db = database.connect().await;
+    let mut stream = db
+        .query::<Doc>("t")
+        .order_by("id")
+        .where_rust(|row| row.id % 2 == 0)
+        .where_rust(|row| row.id % 5 == 0)
+        .stream()
+        .await
+        .unwrap();
+    let (rows, error) = read_all(&mut stream).await;
+    assert!(error.is_none(), "{error:?}");
+    assert_eq!(ids(&rows), (0..1_000).step_by(10).collect::<Vec<_>>());
+    let stats = stream.stats();
+    assert_eq!((stats.rows, stats.filtered, stats.failed), (100, 900, 0));
+}
+
+#[tokio::test]
+async fn order_limit_and_offset_are_done_by_postgres() {
+    let database = table(1_000, 0);
+    let mut db = database.connect().await;
+    let query = db.query::<Doc>("t").order_by("id % 10").order_by("id DESC").limit(3).offset(1);
+    let mut stream = query.stream().await.unwrap();
+    let (rows, _) = read_all(&mut stream).await;
+    assert_eq!(ids(&rows), [980, 970, 960]);
+    let sent: usize = [980, 970, 960].iter().map(|id| format!(r#"{{"id": {id}, "pad": ""}}"#).len()).sum();
+    assert_eq!(stream.stats().bytes, sent as u64, "Postgres sent no more than was asked for");
+    drop(stream);
+    assert!(rows_of(db.query::<Doc>("t").limit(0).stream().await.unwrap()).await.is_empty());
+}
+
+#[tokio::test]
+async fn chunks_of_any_size_give_the_same_rows() {
+    let database = table(5_000, 10);
+    let mut db = database.connect().await;
+    for size in [1, 2, 63, 1_000, usize::MAX] {
+        let query = db.query::<Doc>("t").order_by("id").chunk_size(size);
+        let rows = rows_of(query.stream().await.unwrap()).await;
+        assert_eq!(rows.len(), 5_000, "chunk_size {size}");
+        assert_unbroken(&rows);
+    }
+}
+
+#[tokio::test]
+async fn next_chunk_gives_the_rows_by_the_chunk_and_nothing_at_the_end() {
+    let database = table(1_000, 10);
+    let mut db = database.connect().await;
+    let query = db.query::<Doc>("t").order_by("id").chunk_size(30);
+    let mut stream = query.stream().await.unwrap();
+    let (mut rows, mut largest) = (Vec::new(), 0);
+    loop {
+        let chunk = within(SOON, stream.next_chunk()).await;
+        if chunk.is_empty() {
+            break;
+        }
+        largest = largest.max(chunk.len());
+        rows.extend(chunk.into_iter().map(Result::unwrap));
+    }
+    assert_eq!(rows.len(), 1_000);
+    assert_unbroken(&rows);
+    assert!((2..=30).contains(&largest), "{largest}");
+    assert!(stream.next_chunk().await.is_empty());
+}
+
+#[tokio::test]
+async fn next_chunk_after_next_takes_the_rest_of_the_chunk() {
+    let database = table(100, 10);
+    let mut db = database.connect().await;
+    let query = db.query::<Doc>("t").order_by("id").chunk_size(10);
+    let mut stream = query.stream().await.unwrap();
+    let mut rows = vec![stream.next().await.unwrap().unwrap()];
+    loop {
+        let chunk = within(SOON, stream.next_chunk()).await;
+        if chunk.is_empty() {
+            break;
+        }
+        rows.extend(chunk.into_iter().map(Result::unwrap));
+    }
+    assert_eq!(rows.len(), 100);
+    assert_unbroken(&rows);
+}
+
+#[tokio::test]
+async fn next_ready_gives_what_is_there_and_does_not_wait() {
+    let database = Database::with(&format!("{SILENT} {}", table_script("t", 10, 0)));
+    let mut db = database.connect().await;
+    let mut stream = db.query::<Value>("silent").stream().await.unwrap();
+    for _ in 0..100 {
+        assert!(stream.next_ready().is_none());
+        tokio::task::yield_now().await;
+    }
+    let time = stream.stats().time;
+    assert!(time.source_wait.is_zero() && time.scheduled.is_zero(), "looking is not waiting: {time:?}");
+    within(SOON, stream.close()).await.unwrap();
+
+    let mut stream = db.query::<Doc>("t").order_by("id").stream().await.unwrap();
+    let mut rows = vec![stream.next().await.unwrap().unwrap()];
+    while rows.len() < 10 {
+        match stream.next_ready() {
+            Some(row) => rows.push(row.unwrap()),
+            None => tokio::task::yield_now().await,
+        }
+    }
+    assert_unbroken(&rows);
+    assert!(within(SOON, stream.next()).await.is_none());
+    assert!(stream.next_ready().is_none());
+}
+
+#[tokio::test]
+async fn a_dropped_wait_loses_no_row() {
+    let database = Database::with(&crate::server::trickle("slow", 100, 0.003));
+    let mut db = database.connect().await;
+    let mut stream = db.query::<Doc>("slow").stream().await.unwrap();
+    let (mut rows, mut given_up) = (Vec::new(), 0);
+    loop {
+        let patience = std::time::Duration::from_millis(1);
+        match tokio::time::timeout(patience, stream.next()).await {
+            Ok(Some(row)) => rows.push(row.unwrap()),
+            Ok(None) => break,
+            Err(_) => given_up += 1,
+        }
+        assert!(given_up < 100_000);
+    }
+    assert_eq!(rows.len(), 100);
+    assert_unbroken(&rows);
+    assert!(given_up > 0);
+}
+
+#[tokio::test]
+async fn an_owned_stream_moves_into_a_task() {
+    fn assert_static<T: Send + 'static>(_: &T) {}
+    let database = table(1_000, 0);
+    let db = database.connect().await;
+    let entity = "t".to_owned();
+    let floor = 500_i32;
+    let query = db.into_query::<Doc>(&entity).where_sql("id >= $1", &[&floor]).order_by("id");
+    let mut stream = query.stream().await.unwrap();
+    assert_static(&stream);
+    let task = tokio::spawn(async move {
+        let mut seen = Vec::new();
+        while let Some(row) = stream.try_next().await.unwrap() {
+            seen.push(row.id);
+        }
+        seen
+    });
+    assert_eq!(within(SOON, task).await.unwrap(), (500..1_000).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_query_that_is_being_started_moves_into_a_task() {
+    let database = table(10, 0);
+    let db = database.connect().await;
+    let task = tokio::spawn(async move {
+        let stream = db.into_query::<Doc>("t").stream().await.unwrap();
+        rows_of(stream).await.len()
+    });
+    assert_eq!(within(SOON, task).await.unwrap(), 10);
+}
+
+#[tokio::test]
+async fn close_gives_the_connection_back_clean() {
+    let database = Database::with(&format!("{ENDLESS} {SILENT} {}", table_script("t", 3, 0)));
+    let mut db = database.connect().await;
+    let pid = backend_of(&mut db).await;
+    for entity in ["endless", "silent", "t"] {
+        let mut stream = db.into_query::<Value>(entity).stream().await.unwrap();
+        if entity != "silent" {
+            stream.next().await.unwrap().unwrap();
+        }
+        db = within(SOON, stream.close()).await.unwrap();
+        assert_eq!(backend_of(&mut db).await, pid, "still the same session after {entity}");
+    }
+    let mut stream = db.query::<Doc>("t").stream().await.unwrap();
+    assert_eq!(read_all(&mut stream).await.0.len(), 3);
+    let borrowed = within(SOON, stream.close()).await.unwrap();
+    assert_eq!(rows_of(borrowed.query::<Doc>("t").stream().await.unwrap()).await.len(), 3);
+}
+
+#[tokio::test]
+async fn a_connection_runs_many_streams_in_turn() {
+    let database = table(500, 0);
+    let mut db = database.connect().await;
+    for turn in 0..100_u32 {
+        let (low, rows) = (i32::try_from(turn).unwrap(), u64::from(turn) + 1);
+        let query = db.query::<Doc>("t").where_sql("id >= $1", &[&low]).order_by("id").limit(rows);
+        let expected: Vec<_> = (u64::from(turn)..u64::from(turn) + rows).collect();
+        assert_eq!(ids(&rows_of(query.stream().await.unwrap()).await), expected);
+    }
+    // All but the one that asks.
+    let ask = "SELECT count(*) - 1 FROM pg_prepared_statements";
+    let left: i64 = scalar(&mut db, ask).await;
+    assert_eq!(left, 0, "no statement stays behind on the server");
+}
+
+#[tokio::test]
+async fn the_client_below_waits_for_the_clean_up_of_a_dropped_stream() {
+    let database = Database::with(&format!("{ENDLESS} {SILENT}"));
+    let mut db = database.connect().await;
+    for entity in ["endless", "silent"] {
+        let stream = db.query::<Value>(entity).stream().await.unwrap();
+        drop(stream);
+        assert_eq!(scalar::<i32>(&mut db, "SELECT 41 + 1").await, 42, "after {entity}");
+    }
+}
+
+#[tokio::test]
+async fn a_stream_sees_what_the_client_below_has_set() {
+    let database = table(3, 0);
+    let mut db = database.connect().await;
+    let client = db.client().await.unwrap();
+    client.batch_execute("BEGIN; DELETE FROM t WHERE id = 1").await.unwrap();
+    assert_eq!(ids(&rows_of(db.query("t").order_by("id").stream().await.unwrap()).await), [0, 2]);
+    db.client().await.unwrap().batch_execute("ROLLBACK").await.unwrap();
+    assert_eq!(ids(&rows_of(db.query("t").order_by("id").stream().await.unwrap()).await), [0, 1, 2]);
+}
+
+#[tokio::test]
+async fn an_empty_table_is_a_stream_that_ends_well() {
+    let database = Database::with("CREATE TABLE t (data jsonb)");
+    let mut db = database.connect().await;
+    let mut stream = db.query::<Doc>("t").stream().await.unwrap();
+    assert!(within(SOON, stream.next()).await.is_none());
+    assert!(stream.observer().is_ended());
+    let stats = stream.stats();
+    assert_eq!((stats.rows, stats.bytes, stats.buffered_rows), (0, 0, 0));
+}
+
+#[tokio::test]
+async fn a_row_that_does_not_decode_is_named_and_the_stream_goes_on() {
+    let database = Database::with(
+        "CREATE TABLE t AS SELECT i AS id, jsonb_build_object('id', CASE WHEN i % 100 = 7
+             THEN to_jsonb('x'::text) ELSE to_jsonb(i) END) AS data FROM generate_series(0, 299) i",
+    );
+    let mut db = database.connect().await;
+    let mut stream = db.query::<Doc>("t").order_by("id").stream().await.unwrap();
+    let (mut good, mut bad) = (Vec::new(), Vec::new());
+    while let Some(row) = within(SOON, stream.next()).await {
+        match row {
+            Ok(row) => good.push(row.id),
+            Err(error) => bad.push(error),
+        }
+    }
+    assert_eq!(good, (0..300).filter(|id| id % 100 != 7).collect::<Vec<_>>());
+    let rows: Vec<_> = bad.iter().map(fraiseql_stream::Error::kind).collect();
+    assert_eq!(rows, [7, 107, 207].map(|row| ErrorKind::Decode { row }));
+    let text = bad[1].to_string();
+    assert!(text.starts_with("t: row 107: ") && text.contains("expected u64"), "{text}");
+    assert!(bad[1].stats().is_none(), "it did not end the stream");
+    let stats = stream.stats();
+    assert_eq!((stats.rows, stats.failed), (297, 3));
+}

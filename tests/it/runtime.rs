@@ -1,0 +1,243 @@
+//! Streams and the tokio runtime: nothing panics or hangs when it goes, and a stream may be used outside of it.
+
+use std::sync::{Mutex, Once, PoisonError, mpsc};
+use std::time::{Duration, Instant};
+
+use fraiseql_stream::{Connection, ErrorKind, JsonStream};
+use futures_util::StreamExt;
+use serde_json::Value;
+use tokio::runtime::{Builder, Runtime};
+
+use crate::server::{
+    Admin, Database, Doc, ENDLESS, SILENT, SOON, assert_unbroken, backend_of, connect, trickle,
+};
+
+/// The names of threads on which something panicked, and what it said.
+static PANICS: Mutex<Vec<(String, String)>> = Mutex::new(Vec::new());
+
+/// Tokio swallows the panics of tasks; this keeps them.
+fn keep_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            let thread = std::thread::current().name().unwrap_or_default().to_owned();
+            PANICS.lock().unwrap_or_else(PoisonError::into_inner).push((thread, info.to_string()));
+            before(info);
+        }));
+    });
+}
+
+/// Runs `work` on a thread named `name`. Fails if it hangs, or if anything panics on a thread of that name,
+/// which is also that of its runtime's workers.
+fn without_panic_or_hang(name: &'static str, work: impl FnOnce() + Send + 'static) {
+    keep_panics();
+    let (done, ended) = mpsc::channel();
+    let work = move || {
+        work();
+        let _ = done.send(());
+    };
+    std::thread::Builder::new().name(name.to_owned()).spawn(work).unwrap();
+    let outcome = ended.recv_timeout(SOON);
+    // Not under the lock: the hook takes it when an assertion fails.
+    let mut ours = PANICS.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    ours.retain(|(thread, _)| thread == name);
+    assert!(ours.is_empty(), "{ours:?}");
+    assert!(outcome.is_ok(), "it hangs");
+}
+
+fn multi_thread(name: &str) -> Runtime {
+    Builder::new_multi_thread().worker_threads(2).thread_name(name).enable_all().build().unwrap()
+}
+
+fn current_thread(_: &str) -> Runtime {
+    Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+type Make = fn(&str) -> Runtime;
+
+const RUNTIMES: [Make; 2] = [multi_thread, current_thread];
+
+fn database() -> Database {
+    Database::with(&format!("{ENDLESS} {SILENT} {}", trickle("slow", 50, 0.003)))
+}
+
+/// A stream in the midst of its work.
+async fn streaming(url: &str) -> JsonStream<Doc> {
+    let mut stream = connect(url).await.into_query::<Doc>("endless").stream().await.unwrap();
+    for id in 0..10 {
+        assert_eq!(stream.next().await.unwrap().unwrap().id, id);
+    }
+    stream
+}
+
+/// A stream of a query that is silent, and known to run.
+async fn silent(url: &str) -> JsonStream<Value> {
+    let admin = Admin::connect(url).await;
+    let mut db = connect(url).await;
+    let pid = backend_of(&mut db).await;
+    let stream = db.into_query::<Value>("silent").stream().await.unwrap();
+    admin.until_waits_for(pid, "Timeout").await;
+    stream
+}
+
+#[test]
+fn a_runtime_may_go_before_its_streams() {
+    let url = database().url;
+    for make in RUNTIMES {
+        let url = url.clone();
+        without_panic_or_hang("runtime-first", move || {
+            let runtime = make("runtime-first");
+            let one = runtime.block_on(streaming(&url));
+            let two = runtime.block_on(silent(&url));
+            drop(runtime);
+            assert!(one.stats().rows == 10 && two.stats().rows == 0);
+            drop((one, two));
+        });
+    }
+}
+
+#[test]
+fn a_runtime_may_go_together_with_tasks_that_hold_streams() {
+    let url = database().url;
+    for make in RUNTIMES {
+        let url = url.clone();
+        without_panic_or_hang("runtime-with-tasks", move || {
+            let runtime = make("runtime-with-tasks");
+            let mut one = runtime.block_on(streaming(&url));
+            let mut two = runtime.block_on(silent(&url));
+            runtime.spawn(async move { while one.next().await.is_some() {} });
+            runtime.spawn(async move { two.next().await.map(drop) });
+            // Both are in the midst of it.
+            runtime.block_on(async { tokio::time::sleep(Duration::from_millis(20)).await });
+            drop(runtime);
+        });
+    }
+}
+
+#[test]
+fn a_runtime_may_go_while_a_cancel_is_under_way() {
+    let url = database().url;
+    for make in RUNTIMES {
+        for _ in 0..5 {
+            let url = url.clone();
+            without_panic_or_hang("runtime-in-cancel", move || {
+                let runtime = make("runtime-in-cancel");
+                let (one, two) = (runtime.block_on(streaming(&url)), runtime.block_on(silent(&url)));
+                drop((one, two));
+                drop(runtime);
+            });
+        }
+    }
+}
+
+#[test]
+fn a_runtime_may_be_shut_down_in_the_background() {
+    let url = database().url;
+    for make in RUNTIMES {
+        let url = url.clone();
+        without_panic_or_hang("runtime-background", move || {
+            let runtime = make("runtime-background");
+            let (one, two) = (runtime.block_on(streaming(&url)), runtime.block_on(silent(&url)));
+            runtime.shutdown_background();
+            drop((one, two));
+        });
+    }
+}
+
+/// Reads on without a runtime: what lies in the channel, and then not a quiet end.
+fn assert_lost(mut stream: JsonStream<Doc>) {
+    let mut rows: Vec<Doc> = (0..10).map(|id| Doc { id }).collect();
+    let error = loop {
+        match futures::executor::block_on(stream.next()).expect("never a quiet end") {
+            Ok(row) => rows.push(row),
+            Err(error) => break error,
+        }
+    };
+    assert_unbroken(&rows);
+    assert!(rows.len() < 1_000_000);
+    assert!(matches!(error.kind(), ErrorKind::Lost | ErrorKind::Disconnected), "{error:?}");
+    assert!(error.to_string().starts_with("endless: "), "{error}");
+    assert!(error.stats().is_some());
+    assert!(futures::executor::block_on(stream.next()).is_none());
+    let error = futures::executor::block_on(stream.close()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Disconnected);
+}
+
+#[test]
+fn a_stream_whose_runtime_has_gone_ends_with_an_error() {
+    let url = database().url;
+    for make in RUNTIMES {
+        let url = url.clone();
+        without_panic_or_hang("runtime-lost", move || {
+            let runtime = make("runtime-lost");
+            let stream = runtime.block_on(streaming(&url));
+            drop(runtime);
+            assert_lost(stream);
+        });
+    }
+}
+
+#[test]
+fn a_stream_polled_elsewhere_while_its_runtime_goes_ends_with_an_error() {
+    let url = database().url;
+    without_panic_or_hang("runtime-lost-in-wait", move || {
+        let (home, elsewhere) = (multi_thread("runtime-lost-in-wait"), current_thread(""));
+        let mut stream = home.block_on(silent(&url));
+        let observer = stream.observer();
+        let reader = std::thread::Builder::new().name("runtime-lost-in-wait".to_owned());
+        let reader = reader.spawn(move || elsewhere.block_on(stream.next())).unwrap();
+        let start = Instant::now();
+        while observer.stats().time.source_wait.is_zero() {
+            assert!(start.elapsed() < SOON);
+        }
+        drop(home);
+        let error = reader.join().unwrap().expect("never a quiet end").unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Lost | ErrorKind::Disconnected), "{error:?}");
+    });
+}
+
+#[test]
+fn a_stream_may_be_polled_without_a_runtime() {
+    let database = database();
+    let home = multi_thread("home");
+    for entity in ["slow", "endless"] {
+        let db = home.block_on(database.connect());
+        let query = db.into_query::<Doc>(entity).limit(20_000);
+        let mut stream = home.block_on(query.stream()).unwrap();
+        let mut rows = Vec::new();
+        while let Some(row) = futures::executor::block_on(stream.next()) {
+            rows.push(row.unwrap());
+        }
+        assert_eq!(rows.len(), if entity == "slow" { 50 } else { 20_000 });
+        assert_unbroken(&rows);
+    }
+}
+
+#[test]
+fn a_stream_may_be_dropped_without_a_runtime_and_is_cancelled_all_the_same() {
+    let database = database();
+    let home = multi_thread("home");
+    let (admin, mut db) = home.block_on(async { (database.admin().await, database.connect().await) });
+    let pid = home.block_on(backend_of(&mut db));
+    let stream = home.block_on(db.query::<Value>("silent").stream()).unwrap();
+    home.block_on(admin.until_waits_for(pid, "Timeout"));
+    let dropped = Instant::now();
+    drop(stream);
+    home.block_on(admin.until(pid, |now| now.is_some_and(|now| !now.is_active())));
+    assert!(dropped.elapsed() < Duration::from_secs(1), "{:?}", dropped.elapsed());
+}
+
+#[test]
+fn a_connection_whose_runtime_has_gone_is_closed() {
+    let database = database();
+    let home = multi_thread("home");
+    let mut db = home.block_on(database.connect());
+    drop(home);
+    assert!(db.is_closed());
+    let elsewhere = current_thread("");
+    let error = elsewhere.block_on(db.query::<Doc>("endless").stream()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Disconnected);
+    let mut again: Connection = elsewhere.block_on(database.connect());
+    assert!(elsewhere.block_on(backend_of(&mut again)) > 0);
+}

@@ -1,0 +1,152 @@
+//! The verdict: who was slow, said rightly.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use fraiseql_stream::{ErrorKind, RawJson, Stats, Verdict};
+use futures_util::StreamExt;
+
+use crate::server::{Database, Doc, SOON, read_all, table, trickle, within};
+
+#[tokio::test]
+async fn two_hundred_rows_read_at_10_ms_are_consumer_bound() {
+    let database = table(200, 50);
+    let mut db = database.connect().await;
+    let mut stream = db.query::<Doc>("t").stream().await.unwrap();
+    while let Some(row) = within(SOON, stream.next()).await {
+        row.unwrap();
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let stats = stream.stats();
+    assert_eq!(stats.verdict(), Verdict::ConsumerBound, "{stats:?}");
+    assert!(stats.shares().backlog > 0.8, "{stats:?}");
+    assert_eq!(stats.recent().verdict(), Verdict::ConsumerBound, "{stats:?}");
+    assert!(stats.to_string().contains("consumer-bound"), "{stats}");
+}
+
+#[tokio::test]
+async fn a_slow_source_is_source_bound() {
+    let database = Database::with(&trickle("slow", 200, 0.005));
+    let mut db = database.connect().await;
+    let mut stream = db.query::<Doc>("slow").stream().await.unwrap();
+    let (rows, _) = read_all(&mut stream).await;
+    assert_eq!(rows.len(), 200);
+    let stats = stream.stats();
+    assert_eq!(stats.verdict(), Verdict::SourceBound, "{stats:?}");
+    assert_eq!(stats.recent().verdict(), Verdict::SourceBound, "{stats:?}");
+    assert!(stats.to_string().contains("source-bound"), "{stats}");
+}
+
+#[tokio::test]
+async fn the_recent_verdict_follows_a_change_of_sides() {
+    // Fast at first and slowly read, then slow.
+    let database = Database::with(
+        "CREATE VIEW v AS SELECT jsonb_build_object('id', i, 'pad', repeat('x', 9000), 'slept',
+             CASE WHEN i >= 100 THEN pg_sleep(0.05)::text END) AS data FROM generate_series(0, 349) i",
+    );
+    let mut db = database.connect().await;
+    let mut stream = db.query::<Doc>("v").stream().await.unwrap();
+    for _ in 0..100 {
+        within(SOON, stream.next()).await.unwrap().unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(stream.stats().verdict(), Verdict::ConsumerBound, "{:?}", stream.stats());
+    let (rows, _) = read_all(&mut stream).await;
+    assert_eq!(rows.len(), 250);
+    // The last ten seconds know nothing of the sleeps before.
+    let stats = stream.stats();
+    assert_eq!(stats.recent().verdict(), Verdict::SourceBound, "{stats:?}");
+    assert!(stats.recent().backlog < 0.05, "{stats:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fast_consumer_of_300_000_rows_is_not_called_slow() {
+    let database = table(300_000, 100);
+    let db = database.connect().await;
+    let mut stream = db.into_query::<Doc>("t").stream().await.unwrap();
+    let task = tokio::spawn(async move {
+        while let Some(row) = stream.next().await {
+            row.unwrap();
+        }
+        stream.stats()
+    });
+    let stats = within(Duration::from_secs(60), task).await.unwrap();
+    assert_eq!(stats.rows, 300_000);
+    eprintln!("{stats} {:?}", stats.shares());
+    assert!(matches!(stats.verdict(), Verdict::SourceBound | Verdict::Balanced), "{stats:?}");
+}
+
+/// Reads as fast as it can for a second and a half, on a runtime whose threads others block for 20 to 50 ms at a time.
+async fn starved(database: &Database, hogs: u64) -> Stats {
+    let query = database.connect().await.into_query::<RawJson>("endless");
+    let mut stream = query.stream().await.unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    for hog in 0..hogs {
+        let stop = Arc::clone(&stop);
+        tokio::spawn(async move {
+            let mut turn = hog;
+            while !stop.load(Ordering::Relaxed) {
+                turn += 1;
+                // Blocking on purpose: that is the mistake to be found out.
+                std::thread::sleep(Duration::from_millis(20 + turn * 7 % 30));
+                tokio::task::yield_now().await;
+            }
+        });
+    }
+    let reader = tokio::spawn(async move {
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_millis(1_500) {
+            stream.next().await.unwrap().unwrap();
+        }
+        stream.stats()
+    });
+    let stats = within(SOON, reader).await.unwrap();
+    stop.store(true, Ordering::Relaxed);
+    eprintln!("starved by {hogs}: {stats} {:?}", stats.shares());
+    stats
+}
+
+#[tokio::test]
+async fn a_starved_runtime_of_one_thread_is_runtime_bound() {
+    let database = Database::with(crate::server::ENDLESS);
+    let stats = starved(&database, 1).await;
+    assert_eq!(stats.verdict(), Verdict::RuntimeBound, "{stats:?}");
+    assert!(stats.to_string().contains("runtime-bound"), "{stats}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_starved_runtime_of_two_threads_is_runtime_bound() {
+    let database = Database::with(crate::server::ENDLESS);
+    let stats = starved(&database, 4).await;
+    assert_eq!(stats.verdict(), Verdict::RuntimeBound, "{stats:?}");
+}
+
+#[tokio::test]
+async fn a_consumer_that_sleeps_under_a_statement_timeout_is_told_that_it_was_the_slow_one() {
+    let database = Database::with(
+        r#"CREATE VIEW big AS SELECT ('{"id":' || i || ',"pad":"' || repeat('x', 1000000) || '"}')::json AS data
+           FROM generate_series(0, 999) i"#,
+    );
+    let url = format!("{}?options=-c%20statement_timeout%3D2000", database.url);
+    let mut db = crate::server::connect(&url).await;
+    let mut stream = db.query::<RawJson>("big").max_memory(2_000_000).stream().await.unwrap();
+    let start = Instant::now();
+    let mut rows = 0;
+    let error = loop {
+        match within(SOON, stream.next()).await.expect("never a quiet end") {
+            Ok(_) => rows += 1,
+            Err(error) => break error,
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    assert!(start.elapsed() > Duration::from_millis(1_900));
+    let text = error.to_string();
+    eprintln!("{text}");
+    assert_eq!((error.kind(), error.sqlstate().unwrap().code()), (ErrorKind::Query, "57014"));
+    let stats = error.stats().unwrap();
+    assert_eq!((stats.rows, stats.verdict()), (rows, Verdict::ConsumerBound), "{stats:?}");
+    assert!(stats.shares().backlog > 0.8, "{stats:?}");
+    assert!(text.contains("57014") && text.contains("consumer-bound"), "{text}");
+    assert!(text.contains("Postgres waited for your code"), "{text}");
+}

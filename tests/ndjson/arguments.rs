@@ -1,0 +1,84 @@
+//! What is asked for, and how it is refused.
+
+use crate::support::{Database, ndjson, server, text};
+
+#[test]
+fn help_names_every_option_and_the_environment() {
+    let output = ndjson("", &["--help"]).output().unwrap();
+    assert!(output.status.success());
+    let help = text(&output.stdout);
+    let names = [
+        "<ENTITY>",
+        "--where",
+        "--param",
+        "--order-by",
+        "--limit",
+        "--offset",
+        "--chunk-size",
+        "--max-memory",
+        "--pause-ms",
+        "--stats",
+        "DATABASE_URL",
+        "OTEL_",
+        "130",
+        "143",
+    ];
+    for name in names {
+        assert!(help.contains(name), "{name}: {help}");
+    }
+}
+
+#[test]
+fn wrong_arguments_end_with_code_2_and_say_why() {
+    let url = server().url();
+    let wrong: [&[&str]; 11] = [
+        &[],
+        &["docs", "more"],
+        &["docs", "--no-such-option"],
+        &["docs", "--param", "1"],
+        &["docs", "--limit", "-1"],
+        &["docs", "--offset", "x"],
+        &["docs", "--chunk-size", "0"],
+        &["docs", "--max-memory", "0"],
+        &["docs", "--pause-ms", "-1"],
+        &["docs", "--pause-ms", "nan"],
+        &["docs", "--where"],
+    ];
+    for args in wrong {
+        let output = ndjson(&url, args).output().unwrap();
+        let errors = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {errors}");
+        assert!(errors.starts_with("error: "), "{args:?}: {errors}");
+        assert!(output.stdout.is_empty(), "{args:?}");
+        assert!(!errors.contains(server().password()), "{args:?}: {errors}");
+    }
+}
+
+#[test]
+fn a_missing_database_url_is_one_line_and_code_2() {
+    for set in [None, Some("")] {
+        let mut command = ndjson("", &["docs"]);
+        match set {
+            Some(value) => command.env("DATABASE_URL", value),
+            None => command.env_remove("DATABASE_URL"),
+        };
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        let line = text(&output.stderr);
+        assert!(
+            line.starts_with("ndjson: DATABASE_URL is not set") && line.matches('\n').count() == 1,
+            "{line}"
+        );
+    }
+}
+
+#[test]
+fn a_limit_on_memory_and_chunks_may_be_absurdly_high() {
+    let database = Database::new(
+        "arguments_high",
+        "CREATE VIEW docs AS SELECT to_jsonb(i) AS data FROM generate_series(1, 3) i",
+    );
+    let most = usize::MAX.to_string();
+    let args = ["docs", "--chunk-size", &most, "--max-memory", &most];
+    assert_eq!(database.lines(&args), "1\n2\n3\n");
+}

@@ -1,0 +1,101 @@
+//! Failures: one line on standard error, code 1, no password.
+
+use std::fs::File;
+use std::process::Stdio;
+
+use crate::support::{Database, Running, complaint, ndjson, next_line, server, stats, text};
+
+#[test]
+fn an_unknown_relation_is_named() {
+    let database = Database::new("errors_relation", "CREATE TABLE docs (data text)");
+    assert_eq!(
+        database.failure(&["no_such"]),
+        "ndjson: no_such: relation \"no_such\" does not exist (42P01)"
+    );
+    let line = database.failure(&["docs"]);
+    assert!(line.contains("type text, not json or jsonb"), "{line}");
+    let line = database.failure(&["a\nb..c"]);
+    assert!(line.contains("no name of a relation"), "{line}");
+}
+
+#[test]
+fn a_bad_condition_or_parameter_is_told_in_the_servers_words() {
+    let database = Database::new(
+        "errors_condition",
+        "CREATE VIEW docs AS SELECT to_jsonb(i) AS data FROM generate_series(1, 3) i",
+    );
+    let line = database.failure(&["docs", "--where", "nonsense("]);
+    assert!(line.contains("42601"), "{line}");
+    let line = database.failure(&["docs", "--where", "data::int = $1", "--param", "seven"]);
+    assert!(line.contains("invalid input syntax for type integer: \"seven\" (22P02)"), "{line}");
+    let line = database.failure(&["docs", "--where", "data::int = $1"]);
+    assert!(line.contains("1 parameters"), "{line}");
+}
+
+#[test]
+fn a_wrong_password_is_refused_and_not_shown() {
+    let wrong = "not-the-password";
+    let url = server().url().replace(server().password(), wrong);
+    let line = complaint(&ndjson(&url, &["docs"]).output().unwrap());
+    assert!(line.contains("28P01"), "{line}");
+    assert!(!line.contains(wrong), "{line}");
+}
+
+#[test]
+fn a_url_that_is_none_is_not_shown() {
+    let password = server().password();
+    for url in [
+        format!("postgres://postgres:{password}@127.0.0.1:port/db"),
+        format!("postgres:{password}@127.0.0.1"),
+        format!("host=127.0.0.1 user=postgres pass word={password}"),
+        format!("postgres://postgres:{password}@127.0.0.1:1/db"),
+        format!("postgres://postgres:{password}@no-such-host.invalid/db"),
+    ] {
+        complaint(&ndjson(&url, &["docs"]).output().unwrap());
+    }
+}
+
+#[test]
+fn rows_before_an_error_are_written() {
+    let database = Database::new(
+        "errors_midway",
+        "CREATE VIEW docs AS SELECT to_jsonb(1 / (1000 - i)) AS data FROM generate_series(1, 2000) i",
+    );
+    let output = database.ndjson(&["docs", "--stats"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(text(&output.stdout).lines().count(), 999);
+    let errors = text(&output.stderr);
+    let last = errors.lines().last().unwrap();
+    assert!(last.starts_with("ndjson: docs: division by zero (22012) after 999 rows in "), "{errors}");
+    let stats = stats(&errors);
+    assert_eq!(stats.last().unwrap()["rows"], 999);
+}
+
+#[test]
+fn a_lost_backend_is_an_error() {
+    let database = Database::new(
+        "errors_backend",
+        "CREATE VIEW docs AS SELECT to_jsonb(repeat('x', 20000)) AS data FROM generate_series(1, 2)
+        UNION ALL SELECT to_jsonb(1) FROM pg_sleep(600)",
+    );
+    let mut command = database.ndjson(&["docs"]);
+    let mut running = Running::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
+    let mut lines = running.stdout();
+    next_line(&mut lines);
+    database.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'fraiseql-stream' AND datname = current_database()");
+    let line = next_line(&mut running.stderr());
+    assert!(line.contains("57P01"), "{line}");
+    assert_eq!(running.end(crate::support::SOON).code(), Some(1));
+}
+
+#[test]
+fn a_full_disk_is_told_at_once() {
+    let database = Database::new(
+        "errors_full",
+        "CREATE VIEW docs AS SELECT to_jsonb(repeat('x', 20000)) AS data FROM generate_series(1, 2)
+        UNION ALL SELECT to_jsonb(1) FROM pg_sleep(600)",
+    );
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let line = complaint(&database.ndjson(&["docs"]).stdout(full).output().unwrap());
+    assert_eq!(line, "ndjson: cannot write to standard output: No space left on device (os error 28)");
+}

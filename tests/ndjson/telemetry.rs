@@ -1,0 +1,82 @@
+//! Telemetry goes out when it is asked for, and only then.
+
+use std::net::TcpListener;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use backends::Collector;
+
+use crate::support::{Database, Running, SOON, next_line, text};
+
+const VIEW: &str = "
+    CREATE VIEW docs AS SELECT to_jsonb(i) AS data FROM generate_series(1, 300) i;
+    CREATE VIEW one AS SELECT to_jsonb(repeat('x', 20000)) AS data FROM generate_series(1, 2)
+        UNION ALL SELECT to_jsonb(1) FROM pg_sleep(600);";
+
+#[test]
+fn metrics_and_spans_arrive_also_when_a_signal_ends_it() {
+    let collector = Collector::start().unwrap();
+    let database = Database::new("telemetry_sent", VIEW);
+    let endpoint = collector.http_endpoint();
+    let mut command = database.ndjson(&["docs"]);
+    let output = command.env("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint).output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
+
+    let mut command = database.ndjson(&["one"]);
+    command.env("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint);
+    let mut running = Running::start(command.stdout(Stdio::piped()));
+    let mut lines = running.stdout();
+    next_line(&mut lines);
+    running.signal("INT");
+    assert_eq!(running.end(SOON).code(), Some(130));
+
+    let rows: f64 = collector
+        .metrics()
+        .iter()
+        .filter(|metric| metric.name == "fraiseql.stream.rows")
+        .flat_map(|metric| &metric.points)
+        .filter_map(|point| point.value)
+        .sum();
+    assert!(rows >= 301.0, "{rows}");
+    let names: Vec<String> = collector.spans().into_iter().map(|span| span.name).collect();
+    for name in ["SELECT docs", "SELECT one", "cancel"] {
+        assert!(names.iter().any(|span| span == name), "{name}: {names:?}");
+    }
+}
+
+#[test]
+fn without_a_variable_of_opentelemetry_nothing_is_set_up() {
+    let database = Database::new("telemetry_unasked", VIEW);
+    let mut command = database.ndjson(&["one"]);
+    // An empty variable is as good as none.
+    command.env("OTEL_EXPORTER_OTLP_ENDPOINT", "");
+    let mut running = Running::start(command.stdout(Stdio::piped()));
+    let mut lines = running.stdout();
+    next_line(&mut lines);
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", running.0.id())).unwrap();
+    let mut threads: Vec<String> =
+        tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).unwrap()).collect();
+    threads.sort();
+    assert_eq!(threads, ["ndjson\n", "writer\n", "writer\n"]);
+}
+
+#[test]
+fn a_collector_that_is_away_costs_a_line_and_nothing_else() {
+    let database = Database::new("telemetry_away", VIEW);
+    let refused = {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.local_addr().unwrap()
+    };
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    for address in [refused, silent.local_addr().unwrap()] {
+        let mut command = database.ndjson(&["docs"]);
+        command.env("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://{address}"));
+        let start = Instant::now();
+        let output = command.output().unwrap();
+        let errors = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{errors}");
+        assert_eq!(text(&output.stdout).lines().count(), 300);
+        assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+        assert_eq!(errors.lines().count(), 1, "{errors}");
+    }
+}

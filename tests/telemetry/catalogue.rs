@@ -1,0 +1,388 @@
+//! The catalogue of metrics: each arrives, by both protocols, with its name, unit, kind and attributes, and with
+//! figures that are those of the streams.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use backends::{Collector, Metric, Point};
+use fraiseql_stream::{Connection, JsonStream, RawJson, otlp};
+use futures_util::StreamExt;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::received::{Received, about, prometheus_lines};
+use crate::scenario::{self, Result, Scenario, figures};
+use crate::servers::{BROKEN, database, table};
+
+/// Unit, kind, and the keys of the attributes.
+type Form = (&'static str, &'static str, &'static [&'static str]);
+
+const ENTITY: &[&str] = &["entity"];
+const STATE: &[&str] = &["entity", "state"];
+const DATABASE: &[&str] = &[
+    "db.collection.name",
+    "db.namespace",
+    "db.operation.name",
+    "db.system.name",
+    "server.address",
+    "server.port",
+];
+
+const CATALOGUE: [(&str, Form); 18] = [
+    ("fraiseql_channel_occupancy_rows", ("{row}", "histogram", ENTITY)),
+    ("fraiseql.channel.utilization", ("1", "histogram", ENTITY)),
+    ("fraiseql.channel.row.count", ("{row}", "up-down", ENTITY)),
+    ("fraiseql.channel.row.limit", ("{row}", "up-down", ENTITY)),
+    ("fraiseql.channel.memory.usage", ("By", "up-down", ENTITY)),
+    ("fraiseql.channel.memory.limit", ("By", "up-down", ENTITY)),
+    ("fraiseql.stream.since_last_row", ("s", "gauge", ENTITY)),
+    ("fraiseql.stream.time", ("s", "sum", STATE)),
+    ("fraiseql.producer.time", ("s", "sum", STATE)),
+    ("fraiseql.channel.backlog.time", ("s", "sum", ENTITY)),
+    ("fraiseql.stream.rows", ("{row}", "sum", &["entity", "outcome"])),
+    ("fraiseql.stream.io", ("By", "sum", ENTITY)),
+    ("fraiseql.stream.active", ("{stream}", "up-down", ENTITY)),
+    ("fraiseql.stream.ended", ("{stream}", "sum", &["entity", "outcome"])),
+    ("fraiseql.stream.time_to_first_row", ("s", "histogram", ENTITY)),
+    ("fraiseql.chunk.size", ("{row}", "histogram", ENTITY)),
+    ("fraiseql.chunk.adjustments", ("{adjustment}", "sum", &["direction", "entity"])),
+    ("db.client.operation.duration", ("s", "histogram", DATABASE)),
+];
+/// Beside the catalogue's other names, since it takes one more line to write.
+const RETURNED_ROWS: (&str, Form) = ("db.client.response.returned_rows", ("{row}", "histogram", DATABASE));
+/// What a failed query has besides.
+const OF_FAILURES: [&str; 2] = ["db.response.status_code", "error.type"];
+
+const STATES: [&str; 5] = ["source_wait", "scheduled", "decode", "consumer", "paused"];
+
+#[derive(Deserialize)]
+struct Document {
+    id: i64,
+}
+
+/// Streams that end in every way there is.
+#[test]
+#[ignore = "a scenario"]
+fn every_kind_of_stream() -> Result {
+    scenario::play(async {
+        let telemetry = otlp::init()?;
+        let mut db = Connection::connect(&scenario::url()).await?;
+
+        let orders = db.query::<Document>("orders").stream().await?;
+        let orders = by_the_chunk(orders).await;
+        let mixed = db.query::<Document>("mixed");
+        let mixed = mixed.where_rust(|row| row.id % 2 == 0).stream().await?;
+        let mixed = figures(&to_end(mixed).await);
+        let broken = db.query::<Document>("broken").stream().await?;
+        let broken = figures(&to_end(broken).await);
+        let nowhere = db.query::<Document>("nowhere").stream().await.is_err();
+        assert!(nowhere);
+
+        let mut dropped = db.query::<RawJson>("dropped").stream().await?;
+        dropped.next().await.ok_or("no row")??;
+        dropped.close().await?;
+
+        let mut other = Connection::connect(&scenario::url()).await?;
+        let mut held = db.query::<RawJson>("held").stream().await?;
+        let mut held_too = other.query::<RawJson>("held").stream().await?;
+        held.next().await.ok_or("no row")??;
+        held_too.next().await.ok_or("no row")??;
+        // Over several exports.
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        let full = [held.stats(), held_too.stats()];
+        held.close().await?;
+        held_too.close().await?;
+
+        scenario::tell(&json!({
+            "orders": orders, "mixed": mixed, "broken": broken,
+            "held": {
+                "rows": full.iter().map(|stats| stats.buffered_rows).sum::<usize>(),
+                "bytes": full.iter().map(|stats| stats.buffered_bytes).sum::<usize>(),
+                "row_limit": full.iter().map(|stats| stats.row_limit).sum::<usize>(),
+                "byte_limit": full.iter().map(|stats| stats.byte_limit).sum::<usize>(),
+            },
+        }));
+        Ok(telemetry.shutdown().await?)
+    })
+}
+
+async fn by_the_chunk<C: Unpin>(mut stream: JsonStream<Document, C>) -> Value {
+    let mut batches = 0;
+    while !stream.next_chunk().await.is_empty() {
+        batches += 1;
+    }
+    let mut told = figures(&stream.stats());
+    told["batches"] = json!(batches);
+    told
+}
+
+async fn to_end<C: Unpin>(mut stream: JsonStream<Document, C>) -> fraiseql_stream::Stats {
+    while stream.next().await.is_some() {}
+    stream.stats()
+}
+
+struct Run {
+    protocol: &'static str,
+    told: Value,
+    received: Received,
+    /// Lines of `fraiseql_channel_occupancy_rows_bucket{entity="orders"`.
+    buckets: Vec<String>,
+}
+
+/// The scenario by each protocol, run once for all tests of this file.
+fn runs() -> &'static [Run; 2] {
+    static RUNS: OnceLock<[Run; 2]> = OnceLock::new();
+    RUNS.get_or_init(|| ["http/protobuf", "grpc"].map(run))
+}
+
+fn run(protocol: &'static str) -> Run {
+    let mixed = "CREATE VIEW mixed AS SELECT CASE WHEN i % 10 = 0 THEN '\"no document\"' ELSE jsonb_build_object('id', i) END AS data
+        FROM generate_series(1, 100) i;";
+    let tables = [table("orders", 30_000), table("dropped", 50_000), table("held", 5_000)];
+    let database = database(&(tables.concat() + mixed + BROKEN));
+    let collector = Collector::start().expect("a collector");
+    let scenario = Scenario::new("catalogue::every_kind_of_stream", &database);
+    let scenario = scenario.set("OTEL_METRIC_EXPORT_INTERVAL", "50");
+    let outcome = scenario.to(&collector, protocol).run();
+    assert_eq!(outcome.stderr, "");
+    let buckets = prometheus_lines(&collector, "fraiseql_channel_occupancy_rows_bucket{entity=\"orders\"");
+    Run { protocol, told: outcome.told, received: Received::by(&collector), buckets }
+}
+
+/// What a stream told of itself.
+fn told(run: &Run, entity: &str, figure: &str) -> f64 {
+    let value = &run.told[entity][figure];
+    value.as_f64().unwrap_or_else(|| panic!("{figure} of {entity} was not told"))
+}
+
+fn kind(metric: &Metric) -> &'static str {
+    match metric.kind {
+        "sum" if !metric.monotonic => "up-down",
+        kind => kind,
+    }
+}
+
+#[test]
+fn every_metric_of_the_catalogue_arrives_in_its_form_by_both_protocols() {
+    for Run { protocol, received, .. } in runs() {
+        for (name, form) in CATALOGUE.into_iter().chain([RETURNED_ROWS]) {
+            let metric = received.metric(name);
+            let (unit, expected, keys) = form;
+            let found = (metric.unit.as_str(), kind(metric));
+            assert_eq!(found, (unit, expected), "{name} by {protocol}");
+            let temporality = if expected == "gauge" { "unspecified" } else { "cumulative" };
+            assert_eq!(metric.temporality, temporality, "{name} by {protocol}");
+            assert!(!metric.description.is_empty(), "{name}");
+            for point in &metric.points {
+                let of_failure = |key: &&str| OF_FAILURES.contains(key);
+                let own = point.attributes.keys().map(String::as_str);
+                let own: Vec<_> = own.filter(|key| !of_failure(key)).collect();
+                assert_eq!(own, keys, "{name} by {protocol}");
+            }
+        }
+    }
+}
+
+#[test]
+fn no_metric_arrives_that_is_not_in_the_catalogue() {
+    let known: BTreeSet<_> = CATALOGUE.iter().chain([&RETURNED_ROWS]).map(|(name, _)| *name).collect();
+    for run in runs() {
+        let found: BTreeSet<_> = run.received.metrics.iter().map(|metric| metric.name.as_str()).collect();
+        assert_eq!(found, known, "by {}", run.protocol);
+    }
+}
+
+#[test]
+fn boundaries_hold_the_thresholds_and_those_of_the_conventions() {
+    let bounds = |name| {
+        let [run, _] = runs();
+        run.received.metric(name).points[0].bounds.clone()
+    };
+    let occupancy = bounds("fraiseql_channel_occupancy_rows");
+    for threshold in [10.0, 50.0, 200.0, 240.0] {
+        assert!(occupancy.contains(&threshold), "{occupancy:?}");
+    }
+    assert_eq!(bounds("db.client.operation.duration"), [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0]);
+    assert_eq!(
+        bounds("db.client.response.returned_rows"),
+        [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0]
+    );
+}
+
+#[test]
+fn prometheus_shows_the_occupancy_by_its_promised_name() {
+    for run in runs() {
+        let whole = run.buckets.iter().find(|line| line.contains("le=\"+Inf\""));
+        let count = whole.and_then(|line| line.rsplit(' ').next()).map(str::parse);
+        assert_eq!(count, Some(Ok(told(run, "orders", "batches"))), "{:#?}", run.buckets);
+        for threshold in ["10", "50", "200", "240"] {
+            let label = format!("le=\"{threshold}\"");
+            assert!(run.buckets.iter().any(|line| line.contains(&label)), "{:#?}", run.buckets);
+        }
+    }
+}
+
+#[test]
+fn histograms_count_every_poll_batch() {
+    for run in runs() {
+        let of_orders = |name| run.received.point(name, &[("entity", "orders")]);
+        let batches = told(run, "orders", "batches");
+        for name in ["fraiseql_channel_occupancy_rows", "fraiseql.channel.utilization", "fraiseql.chunk.size"]
+        {
+            assert_eq!(of_orders(name).count as f64, batches, "{name}");
+        }
+        assert_eq!(of_orders("fraiseql.chunk.size").sum, 30_000.0);
+        let first = of_orders("fraiseql.stream.time_to_first_row");
+        assert_eq!(first.count, 1);
+        assert!(first.sum > 0.0 && first.sum < told(run, "orders", "elapsed"));
+    }
+}
+
+#[test]
+fn rows_and_bytes_are_those_that_were_read() {
+    for run in runs() {
+        for entity in ["orders", "mixed", "broken"] {
+            for (outcome, figure) in [("yielded", "rows"), ("filtered", "filtered"), ("failed", "failed")] {
+                let rows = [("entity", entity), ("outcome", outcome)];
+                let rows = run.received.value("fraiseql.stream.rows", &rows);
+                assert_eq!(rows, told(run, entity, figure), "{outcome} of {entity}");
+            }
+            let bytes = run.received.value("fraiseql.stream.io", &[("entity", entity)]);
+            assert_eq!(bytes, told(run, entity, "bytes"), "{entity}");
+        }
+        let read = |entity, figures: [&str; 3]| figures.map(|figure| told(run, entity, figure));
+        let figures = ["rows", "filtered", "failed"];
+        assert_eq!(read("orders", figures), [30_000.0, 0.0, 0.0]);
+        assert_eq!(read("mixed", figures), [40.0, 50.0, 10.0]);
+        assert_eq!(read("broken", figures), [50.0, 0.0, 0.0]);
+    }
+}
+
+#[test]
+fn times_add_up_to_the_streams_life() {
+    for run in runs() {
+        for entity in ["orders", "mixed", "broken"] {
+            let seconds = |name, state| run.received.value(name, &[("entity", entity), ("state", state)]);
+            let elapsed = told(run, entity, "elapsed");
+            let states = STATES.map(|state| seconds("fraiseql.stream.time", state));
+            assert!(about(states.iter().sum(), elapsed), "{entity}: {states:?} of {elapsed}");
+            for (state, spent) in STATES.iter().zip(states) {
+                let own = run.told[entity]["time"][state].as_f64().unwrap();
+                assert!(about(spent, own), "{state} of {entity}: {spent}, {own}");
+            }
+            for state in ["source", "room"] {
+                let spent = seconds("fraiseql.producer.time", state);
+                assert!(about(spent, told(run, entity, state)), "{state} of {entity}: {spent}");
+            }
+            let backlog = run.received.value("fraiseql.channel.backlog.time", &[("entity", entity)]);
+            assert!(about(backlog, told(run, entity, "backlog")), "{entity}: {backlog}");
+            let operations =
+                run.received.point("db.client.operation.duration", &[("db.collection.name", entity)]);
+            assert_eq!(operations.count, 1);
+            assert!(about(operations.sum, elapsed), "{entity}: {} of {elapsed}", operations.sum);
+        }
+    }
+}
+
+#[test]
+fn streams_are_counted_by_how_they_ended() {
+    for run in runs() {
+        let ended = run.received.metric("fraiseql.stream.ended");
+        let end = |point: &Point| {
+            let word = |key| point.attributes.get(key).and_then(Value::as_str).unwrap_or("");
+            format!("{} {} {}: {}", word("entity"), word("outcome"), word("error.type"), point.value.unwrap())
+        };
+        let ends: BTreeSet<_> = ended.points.iter().map(end).collect();
+        let expected = [
+            "broken failed 22012: 1",
+            "dropped dropped : 1",
+            "held dropped : 2",
+            "mixed complete : 1",
+            "nowhere failed 42P01: 1",
+            "orders complete : 1",
+        ];
+        assert_eq!(ends, expected.map(ToOwned::to_owned).into());
+    }
+}
+
+#[test]
+fn sums_never_go_back_from_one_export_to_the_next() {
+    for run in runs() {
+        let mut last = BTreeMap::new();
+        let sums = run.received.metrics.iter().filter(|metric| metric.monotonic);
+        for (metric, point) in sums.flat_map(|metric| metric.points.iter().map(move |point| (metric, point)))
+        {
+            let series = format!("{}{:?}", metric.name, point.attributes);
+            let before = last.insert(series.clone(), point.value);
+            assert!(
+                before.is_none_or(|before| before <= point.value),
+                "{series}: {before:?} {:?}",
+                point.value
+            );
+        }
+        assert!(last.len() > 50, "{} series", last.len());
+    }
+}
+
+#[test]
+fn database_metrics_name_the_server_and_the_error() {
+    for run in runs() {
+        for name in ["db.client.operation.duration", "db.client.response.returned_rows"] {
+            let point = run.received.point(name, &[("db.collection.name", "broken")]);
+            let has = |key: &str, value: Value| assert_eq!(point.attributes.get(key), Some(&value), "{name}");
+            has("db.system.name", json!("postgresql"));
+            has("db.operation.name", json!("SELECT"));
+            has("server.address", json!("127.0.0.1"));
+            has("server.port", json!(crate::servers::postgres().port()));
+            has("error.type", json!("22012"));
+            has("db.response.status_code", json!("22012"));
+        }
+        let rows = run.received.point("db.client.response.returned_rows", &[("db.collection.name", "mixed")]);
+        assert_eq!((rows.count, rows.sum), (1, 100.0));
+    }
+}
+
+#[test]
+fn levels_show_what_lives_and_are_zero_when_nothing_does() {
+    const LEVELS: [&str; 6] = [
+        "fraiseql.channel.row.count",
+        "fraiseql.channel.row.limit",
+        "fraiseql.channel.memory.usage",
+        "fraiseql.channel.memory.limit",
+        "fraiseql.stream.active",
+        "fraiseql.stream.since_last_row",
+    ];
+    for run in runs() {
+        let held = [("entity", "held")];
+        // The most that any export had.
+        let most = |name: &str| {
+            let points = run.received.metrics.iter().filter(|metric| metric.name == name);
+            let values = points.filter_map(|metric| metric.point(&held)?.value);
+            values.fold(0.0, f64::max)
+        };
+        let [rows, row_limit, bytes, byte_limit, active, since] = LEVELS.map(most);
+        let held = ["rows", "row_limit", "bytes", "byte_limit"].map(|figure| told(run, "held", figure));
+        assert_eq!([rows, row_limit, bytes, byte_limit], held);
+        assert_eq!(active, 2.0);
+        assert!((0.3..0.9).contains(&since), "{since}");
+        for name in LEVELS {
+            for point in &run.received.metric(name).points {
+                assert_eq!(point.value, Some(0.0), "{name} of {:?}", point.attributes);
+            }
+        }
+    }
+}
+
+#[test]
+fn metrics_carry_the_scope_with_its_version() {
+    for run in runs() {
+        assert!(run.received.metrics.iter().all(|metric| metric.scope == "fraiseql_stream"));
+        let scope = format!("InstrumentationScope fraiseql_stream {}", env!("CARGO_PKG_VERSION"));
+        let exports: Vec<_> = run.received.words.split("ScopeMetrics #").skip(1).collect();
+        assert!(!exports.is_empty());
+        for metrics in exports {
+            assert!(metrics.contains(&scope), "{metrics:.300}");
+        }
+    }
+}

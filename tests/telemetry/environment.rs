@@ -1,0 +1,223 @@
+//! The `OTEL_*` variables: each does what the specification says, and nonsense costs one line.
+
+use backends::{Collector, Span};
+use fraiseql_stream::{Connection, RawJson, otlp};
+use futures_util::StreamExt;
+use serde_json::{Value, json};
+
+use crate::received::Received;
+use crate::scenario::{self, Outcome, Result, Scenario};
+use crate::servers::{Database, database, table};
+
+const SCENARIO: &str = "environment::one_stream";
+const HTTP: &str = "http/protobuf";
+
+/// Reads one entity to its end; what can't be delivered is told.
+#[test]
+#[ignore = "a scenario"]
+fn one_stream() -> Result {
+    scenario::play(async {
+        let telemetry = otlp::init()?;
+        if let Ok(words) = std::env::var("WARNING") {
+            tracing::warn!("{words}");
+        }
+        let mut db = Connection::connect(&scenario::url()).await?;
+        let mut orders = db.query::<RawJson>("orders").stream().await?;
+        while orders.next().await.is_some() {}
+        let rows = orders.stats().rows;
+        drop(orders);
+        let shutdown = telemetry.shutdown().await.err().map(|error| error.to_string());
+        scenario::tell(&json!({"rows": rows, "shutdown": shutdown}));
+        Ok(())
+    })
+}
+
+fn orders() -> Database {
+    database(&table("orders", 1_000))
+}
+
+/// Runs the scenario with a collector of its own, to which it sends by HTTP unless a variable says otherwise.
+fn run(set: &[(&str, &str)]) -> (Outcome, Received) {
+    let collector = Collector::start().expect("a collector");
+    let mut scenario = Scenario::new(SCENARIO, &orders()).to(&collector, HTTP);
+    for (variable, value) in set {
+        scenario = scenario.set(variable, value);
+    }
+    let outcome = scenario.run();
+    assert_eq!(outcome.told["rows"], 1_000);
+    (outcome, Received::by(&collector))
+}
+
+/// What the console exporters print for each signal.
+const CONSOLE: [(&str, &str); 3] =
+    [("TRACES", "SELECT orders"), ("METRICS", "fraiseql.stream.rows"), ("LOGS", "stream started")];
+
+/// Whether traces, metrics and logs came.
+fn signals(received: &Received) -> [bool; 3] {
+    [!received.spans.is_empty(), !received.metrics.is_empty(), !received.logs.is_empty()]
+}
+
+#[test]
+fn without_a_protocol_telemetry_goes_by_http() {
+    let collector = Collector::start().unwrap();
+    let scenario = Scenario::new(SCENARIO, &orders());
+    let outcome = scenario.set("OTEL_EXPORTER_OTLP_ENDPOINT", &collector.http_endpoint()).run();
+    assert_eq!((outcome.stderr.as_str(), &outcome.told["shutdown"]), ("", &Value::Null));
+    assert_eq!(signals(&Received::by(&collector)), [true; 3]);
+}
+
+#[test]
+fn a_disabled_sdk_sends_nothing() {
+    let (outcome, received) = run(&[("OTEL_SDK_DISABLED", "True")]);
+    assert!(received.is_empty(), "{:?}", signals(&received));
+    assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("", ""));
+}
+
+#[test]
+fn each_signal_can_be_left_out() {
+    for (index, (signal, _)) in CONSOLE.iter().enumerate() {
+        let (outcome, received) = run(&[(&format!("OTEL_{signal}_EXPORTER"), "none")]);
+        let mut expected = [true; 3];
+        expected[index] = false;
+        assert_eq!(signals(&received), expected, "without {signal}");
+        assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("", ""));
+    }
+}
+
+#[test]
+fn warnings_reach_standard_error_whatever_is_left_out() {
+    let variables = CONSOLE.map(|(signal, _)| format!("OTEL_{signal}_EXPORTER"));
+    let none = variables.each_ref().map(|variable| (variable.as_str(), "none"));
+    for left_out in [&none[..], &none[..1], &none[1..], &none[2..], &[("OTEL_SDK_DISABLED", "true")]] {
+        let warning = [("WARNING", "a warning of the service")];
+        let (outcome, _) = run(&[left_out, &warning[..]].concat());
+        assert_eq!(outcome.warnings().len(), 1, "{left_out:?}: {}", outcome.stderr);
+        assert!(outcome.stderr.ends_with("a warning of the service\n"), "{}", outcome.stderr);
+    }
+}
+
+#[test]
+fn each_signal_can_be_printed_instead_or_as_well() {
+    let printed = |outcome: &Outcome| CONSOLE.map(|(_, words)| outcome.stdout.contains(words));
+    let (outcome, received) =
+        run(&[("OTEL_TRACES_EXPORTER", "console"), ("OTEL_METRICS_EXPORTER", "otlp,console")]);
+    assert_eq!(printed(&outcome), [true, true, false]);
+    assert_eq!(signals(&received), [false, true, true]);
+    let (outcome, received) = run(&[("OTEL_LOGS_EXPORTER", "Console"), ("OTEL_TRACES_EXPORTER", "otlp")]);
+    assert_eq!(printed(&outcome), [false, false, true]);
+    assert_eq!(signals(&received), [true, true, false]);
+}
+
+#[test]
+fn each_signal_can_have_an_endpoint_and_a_protocol_of_its_own() {
+    let (one, other) = (Collector::start().unwrap(), Collector::start().unwrap());
+    let outcome = Scenario::new(SCENARIO, &orders())
+        .to(&one, HTTP)
+        .set("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", &format!("{}/v1/traces", other.http_endpoint()))
+        .set("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", &other.grpc_endpoint())
+        .set("OTEL_EXPORTER_OTLP_LOGS_PROTOCOL", "grpc")
+        .run();
+    assert_eq!((outcome.stderr.as_str(), &outcome.told["shutdown"]), ("", &Value::Null));
+    assert_eq!(signals(&Received::by(&one)), [false, true, false]);
+    assert_eq!(signals(&Received::by(&other)), [true, false, true]);
+}
+
+#[test]
+fn spans_that_are_not_sampled_are_not_sent_and_all_else_is() {
+    for sampler in ["always_off", "parentbased_always_off", "TraceIdRatio"] {
+        let (outcome, received) = run(&[("OTEL_TRACES_SAMPLER", sampler), ("OTEL_TRACES_SAMPLER_ARG", "0")]);
+        assert_eq!(signals(&received), [false, true, true], "{sampler}");
+        assert_eq!(outcome.stderr, "", "{sampler}");
+    }
+}
+
+#[test]
+fn the_resource_is_named_and_its_attributes_are_decoded() {
+    let (outcome, received) = run(&[
+        ("OTEL_SERVICE_NAME", "the shop"),
+        (
+            "OTEL_RESOURCE_ATTRIBUTES",
+            "team=a%2Cb%3Dc%20d, service.name=not this,deployment.environment.name=t%C3%A4st",
+        ),
+    ]);
+    assert_eq!(outcome.stderr, "");
+    let spans = received.spans.iter().map(|span| &span.resource);
+    let logs = received.logs.iter().map(|log| &log.resource);
+    let metrics = received.metrics.iter().map(|metric| &metric.resource);
+    for resource in spans.chain(logs).chain(metrics) {
+        for (attribute, value) in [
+            ("service.name", "the shop"),
+            ("team", "a,b=c d"),
+            ("deployment.environment.name", "täst"),
+            ("telemetry.sdk.language", "rust"),
+        ] {
+            assert_eq!(resource.get(attribute), Some(&json!(value)), "{attribute}");
+        }
+    }
+    let scope = format!("InstrumentationScope fraiseql_stream {}", env!("CARGO_PKG_VERSION"));
+    let traces = received.words.split("ScopeSpans #").nth(1).unwrap_or_default();
+    assert!(traces.contains(&scope), "{traces:.300}");
+}
+
+#[test]
+fn a_service_name_can_stand_among_the_attributes() {
+    let (_, received) = run(&[("OTEL_RESOURCE_ATTRIBUTES", "service.name=the shop")]);
+    let name = |span: &Span| span.resource.get("service.name").cloned();
+    assert_eq!(name(received.query("orders")), Some(json!("the shop")));
+}
+
+#[test]
+fn nonsense_costs_one_line_each_and_the_default_works() {
+    let nonsense = [
+        ("OTEL_SDK_DISABLED", "perhaps"),
+        ("OTEL_TRACES_EXPORTER", "carrier-pigeon"),
+        ("OTEL_METRICS_EXPORTER", "otlp,smoke"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "smoke"),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "-1"),
+        ("OTEL_EXPORTER_OTLP_COMPRESSION", "by hand"),
+        ("OTEL_TRACES_SAMPLER", "sometimes"),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "0"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "soon"),
+        ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "many"),
+        ("OTEL_BLRP_SCHEDULE_DELAY", "0"),
+        ("OTEL_METRIC_EXPORT_INTERVAL", "0"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "team=a%zz"),
+    ];
+    let (outcome, received) = run(&nonsense);
+    for (variable, value) in nonsense {
+        let about = |line: &&&str| line.contains(&format!("{variable}={value:?}"));
+        let lines = outcome.warnings();
+        assert_eq!(lines.iter().filter(about).count(), 1, "{variable}\n{}", outcome.stderr);
+    }
+    assert_eq!(outcome.warnings().len(), nonsense.len(), "{}", outcome.stderr);
+    assert_eq!((signals(&received), &outcome.told["shutdown"]), ([true; 3], &Value::Null));
+    assert!(!received.query("orders").resource.contains_key("team"));
+}
+
+#[test]
+fn an_endpoint_that_is_no_url_costs_one_line_and_is_replaced_by_the_default() {
+    for (variable, lost) in [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", [false, false, false]),
+        ("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", [true, true, false]),
+    ] {
+        let (outcome, received) = run(&[(variable, "nowhere")]);
+        let about = |line: &&str| line.contains(variable);
+        let lines: Vec<_> = outcome.warnings().into_iter().filter(about).collect();
+        assert_eq!(lines.len(), 1, "{}", outcome.stderr);
+        assert!(lines[0].contains("http://localhost:4318"), "{}", outcome.stderr);
+        assert_eq!(signals(&received), lost, "{variable}");
+    }
+}
+
+#[test]
+fn empty_variables_count_as_unset() {
+    let (outcome, received) = run(&[
+        ("OTEL_SDK_DISABLED", ""),
+        ("OTEL_TRACES_EXPORTER", ""),
+        ("OTEL_TRACES_SAMPLER", ""),
+        ("OTEL_SERVICE_NAME", ""),
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", ""),
+        ("OTEL_METRIC_EXPORT_INTERVAL", " "),
+    ]);
+    assert_eq!((outcome.stderr.as_str(), signals(&received)), ("", [true; 3]));
+}

@@ -1,0 +1,114 @@
+//! A collector that is away costs telemetry and one line, never a row.
+
+use std::time::Duration;
+
+use backends::{Collector, wait_until};
+use fraiseql_stream::{Connection, PollSpans, RawJson, otlp};
+use futures_util::StreamExt;
+use serde_json::{Value, json};
+
+use crate::received::Received;
+use crate::scenario::{self, Result, Scenario};
+use crate::servers::{database, table};
+
+const ROWS: u32 = 20_000;
+const SOON: Duration = Duration::from_secs(10);
+
+/// A stream in three parts, between which the test has time to do something to the collector.
+#[test]
+#[ignore = "a scenario"]
+fn a_stream_with_stops() -> Result {
+    scenario::play(async {
+        let telemetry = otlp::init()?;
+        let mut db = Connection::builder(&scenario::url()).poll_spans(PollSpans::Every).connect().await?;
+        let mut rows = db.query::<RawJson>("rows").stream().await?;
+        let mut read = 0;
+        while let Some(row) = rows.next().await {
+            row?;
+            read += 1;
+            if read == ROWS / 2 {
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                scenario::say("half");
+                scenario::listen();
+            }
+            if read > ROWS / 2 && read % 100 == 0 {
+                // A second and more, with an export of each signal ten times in it.
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+        drop(rows);
+        scenario::say("end");
+        scenario::listen();
+        let mut later = db.query::<RawJson>("later").stream().await?;
+        while later.next().await.is_some() {}
+        drop(later);
+        let error = telemetry.shutdown().await.err().map(|error| error.to_string());
+        scenario::tell(&json!({"read": read, "error": error}));
+        Ok(())
+    })
+}
+
+/// The scenario, with exports far more often than usual.
+fn stream() -> Scenario {
+    let database = database(&(table("rows", ROWS) + &table("later", 10)));
+    Scenario::new("outage::a_stream_with_stops", &database)
+        .set("OTEL_METRIC_EXPORT_INTERVAL", "100")
+        .set("OTEL_BSP_SCHEDULE_DELAY", "100")
+        .set("OTEL_BLRP_SCHEDULE_DELAY", "100")
+}
+
+fn survives_a_lost_collector(protocol: &str) {
+    let mut collector = Collector::start().expect("a collector");
+    let mut running = stream().to(&collector, protocol).start();
+    running.wait_for("half");
+    let is_told = || !collector.metrics().is_empty() && !collector.spans().is_empty();
+    assert!(wait_until(SOON, is_told), "{protocol}: nothing came before");
+    collector.kill().expect("the collector is killed");
+    running.go_on();
+    running.wait_for("end");
+    collector.restart().expect("the collector starts again");
+    running.go_on();
+    let outcome = running.finish();
+
+    assert_eq!((&outcome.told["read"], &outcome.told["error"]), (&json!(ROWS), &Value::Null), "{protocol}");
+    assert_eq!(outcome.warnings().len(), 1, "{protocol}: {}", outcome.stderr);
+    assert!(outcome.stderr.contains("telemetry"), "{protocol}: {}", outcome.stderr);
+    let received = Received::by(&collector);
+    let rows = [("entity", "rows"), ("outcome", "yielded")];
+    assert_eq!(received.value("fraiseql.stream.rows", &rows), f64::from(ROWS), "{protocol}");
+    let later = received.query("later");
+    assert!(received.logs.iter().any(|log| log.trace_id == later.trace_id), "{protocol}");
+}
+
+#[test]
+fn a_collector_lost_in_mid_stream_costs_no_row_and_one_line_by_http() {
+    survives_a_lost_collector("http/protobuf");
+}
+
+#[test]
+fn a_collector_lost_in_mid_stream_costs_no_row_and_one_line_by_grpc() {
+    survives_a_lost_collector("grpc");
+}
+
+#[test]
+fn a_collector_that_takes_traces_only_is_told_once() {
+    let collector = Collector::start().unwrap();
+    // Nobody listens at port 9.
+    let scenario = stream().to(&collector, "http/protobuf");
+    let mut running =
+        scenario.set("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "http://127.0.0.1:9/v1/metrics").start();
+    running.wait_for("half");
+    running.go_on();
+    running.wait_for("end");
+    running.go_on();
+    let outcome = running.finish();
+    assert_eq!(outcome.told["read"], json!(ROWS));
+    assert_eq!(outcome.warnings().len(), 1, "{}", outcome.stderr);
+    for text in [&outcome.stderr, &outcome.told["error"].to_string()] {
+        assert!(text.contains("http://127.0.0.1:9") && text.contains("metrics"), "{text}");
+        assert!(!text.contains("traces"), "{text}");
+    }
+    let received = Received::by(&collector);
+    assert!(received.metrics.is_empty());
+    assert_eq!((received.queries("rows").len(), received.queries("later").len()), (1, 1));
+}

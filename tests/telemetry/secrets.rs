@@ -1,0 +1,106 @@
+//! No secret is in anything that is told.
+
+use backends::Collector;
+use fraiseql_stream::{Connection, RawJson, otlp};
+use futures_util::StreamExt;
+use serde_json::{Value, json};
+
+use crate::received::{Received, prometheus_lines};
+use crate::scenario::{self, Outcome, Result, Scenario};
+use crate::servers::{BROKEN, Database, SILENT, database, postgres, table};
+
+const WRONG: &str = "wr0ng-secret";
+const TOKEN: &str = "t0ken-secret";
+
+/// Connects with a wrong password and the right one, and tells all that can be told of each.
+#[test]
+#[ignore = "a scenario"]
+fn all_that_can_be_told() -> Result {
+    scenario::play(async {
+        let telemetry = otlp::init()?;
+        let mut told = Vec::new();
+        let wrong = Connection::connect(&std::env::var("WRONG_URL")?).await;
+        let error = wrong.err().ok_or("a wrong password will do")?;
+        tracing::warn!("{error} {error:?}");
+        told.push(format!("{error} {error:?}"));
+
+        let builder = Connection::builder(&scenario::url()).query_text(true);
+        told.push(format!("{builder:?}"));
+        let mut db = builder.connect().await?;
+        told.push(format!("{db:?}"));
+        for entity in ["orders", "broken", "nowhere", "silent"] {
+            let query = db.query::<RawJson>(entity);
+            told.push(format!("{query:?}"));
+            let mut rows = match query.stream().await {
+                Ok(rows) => rows,
+                Err(error) => {
+                    told.push(format!("{error} {error:?}"));
+                    continue;
+                }
+            };
+            told.push(format!("{rows:?} {:?}", rows.observer()));
+            let wait = std::time::Duration::from_millis(200);
+            while let Ok(Some(row)) = tokio::time::timeout(wait, rows.next()).await {
+                told.extend(row.err().map(|error| format!("{error} {error:?}")));
+            }
+            rows.close().await?;
+        }
+        let shutdown = telemetry.shutdown().await.err().map(|error| format!("{error} {error:?}"));
+        told.extend(shutdown);
+        scenario::tell(&json!(told));
+        Ok(())
+    })
+}
+
+fn run(endpoint: &str, protocol: &str) -> Outcome {
+    let Database { name, url } = database(&(table("orders", 500) + BROKEN + SILENT));
+    let wrong = url.replace(postgres().password(), WRONG);
+    let database = Database { name, url };
+    Scenario::new("secrets::all_that_can_be_told", &database)
+        .set("WRONG_URL", &wrong)
+        .set("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+        .set("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
+        .set("OTEL_EXPORTER_OTLP_HEADERS", &format!("authorization=Bearer%20{TOKEN}"))
+        .run()
+}
+
+fn holds_no_secret(what: &str, text: &str) {
+    for secret in [postgres().password(), WRONG, TOKEN] {
+        let at = text.find(secret);
+        let around = at.map(|at| text[at.saturating_sub(100)..at].to_owned());
+        assert_eq!(around, None, "{what}");
+    }
+}
+
+#[test]
+fn no_password_is_in_anything_that_the_collector_gets_or_anyone_reads() {
+    let collector = Collector::start().unwrap();
+    let outcome = run(&collector.http_endpoint(), "http/protobuf");
+    holds_no_secret("Prometheus", &prometheus_lines(&collector, "").join("\n"));
+    let received = Received::by(&collector);
+    assert_eq!(received.queries("orders").len() + received.queries("broken").len(), 2);
+    // All of it, attributes and resources too, in the collector's words.
+    holds_no_secret("spans, metrics and logs", &received.words);
+    assert!(received.words.contains("password authentication failed"));
+    holds_no_secret("standard output", &outcome.stdout);
+    holds_no_secret("standard error", &outcome.stderr);
+    assert_eq!(outcome.told.as_array().map(Vec::len), Some(12), "{:#}", outcome.told);
+    holds_no_secret("errors and debug output", &outcome.told.to_string());
+}
+
+#[test]
+fn no_secret_of_the_endpoint_is_in_a_warning() {
+    for (protocol, endpoint) in [
+        ("http/protobuf", format!("http://user:{TOKEN}@127.0.0.1:9")),
+        ("grpc", format!("http://user:{TOKEN}@127.0.0.1:9")),
+        ("http/protobuf", format!("127.0.0.1:9/{TOKEN}")),
+    ] {
+        let outcome = run(&endpoint, protocol);
+        let about = |line: &&str| !line.contains("password authentication");
+        let warnings = outcome.warnings().into_iter().filter(about).count();
+        assert!((1..=2).contains(&warnings), "{}", outcome.stderr);
+        holds_no_secret(protocol, &outcome.stderr);
+        holds_no_secret(protocol, &outcome.told.to_string());
+        assert!(outcome.told.as_array().is_some_and(|told| told.last().is_some_and(Value::is_string)));
+    }
+}
