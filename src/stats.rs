@@ -329,7 +329,7 @@ impl Progress {
 /// });
 /// # }
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Observer {
     pub(crate) entity: Arc<str>,
     pub(crate) gauge: Arc<Gauge>,
@@ -368,6 +368,12 @@ impl Observer {
     /// Whether the stream is over: its end was reached, or it was dropped.
     pub fn is_ended(&self) -> bool {
         self.gauge.ledger.is_ended()
+    }
+}
+
+impl fmt::Debug for Observer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Observer").field("stats", &self.stats()).finish()
     }
 }
 

@@ -158,9 +158,10 @@ impl Flush {
 
     fn conclude(&self, lost: &[&'static str], late: &[&'static str]) -> Result<(), ShutdownError> {
         let signals = [lost, late].concat();
-        let Some((_, place)) = self.places.iter().find(|(signal, _)| signals.contains(signal)) else {
-            return Ok(());
-        };
+        let missed = self.places.iter().filter(|(signal, _)| signals.contains(signal));
+        let mut places: Vec<_> = missed.map(|(_, place)| place.as_str()).collect();
+        places.dedup();
+        let Some(place) = places.first() else { return Ok(()) };
         let why = if late.is_empty() {
             unreachable(place).unwrap_or_else(|| "the collector refused it".to_owned())
         } else {

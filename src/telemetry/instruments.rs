@@ -16,6 +16,9 @@ use super::spans::seconds;
 /// made: the default is made from the global provider at the first connection, or by `otlp::init()`. Make
 /// one and keep it: observable instruments cannot be taken back, so each one made adds a set of callbacks.
 ///
+/// An SDK keeps 2,000 series of an instrument unless a view says otherwise; with more than 400 entities give
+/// `fraiseql.stream.time`, which has five states, a larger cardinality limit, as `otlp::init()` does.
+///
 /// ```
 /// use fraiseql_stream::{Connection, Instruments};
 /// use opentelemetry_sdk::metrics::SdkMeterProvider;
