@@ -168,8 +168,9 @@ impl Flush {
             format!("no answer within {:.1} s", self.timeout.as_secs_f64())
         };
         let error = ShutdownError::new(format!(
-            "the last {} were not delivered to {place}: {why}",
-            signals.join(", ")
+            "the last {} were not delivered to {}: {why}",
+            signals.join(", "),
+            places.join(", ")
         ));
         if self.health.is_news(&signals) {
             tracing::warn!("{error}");

@@ -147,6 +147,14 @@ async fn a_stream_dropped_before_it_is_there_stops_the_backend_that_waits_for_a_
     assert_stops_at_once(&database.socket(), &database, Doing::Locked).await;
 }
 
+/// Lets others run so many times: finer than tokio's timers, whose grain is 1 ms.
+async fn yields(times: u64) -> Instant {
+    for _ in 0..times {
+        tokio::task::yield_now().await;
+    }
+    Instant::now()
+}
+
 /// Drops queries in the very moment in which they begin, when Postgres may not have seen them yet: a cancel
 /// that comes too early is ignored by Postgres, and must not be the last word.
 async fn drop_at_birth(connection: &str, seed: u64) {
@@ -157,20 +165,11 @@ async fn drop_at_birth(connection: &str, seed: u64) {
         let query = db.query::<Value>(if round % 2 == 0 { "silent" } else { "locked" });
         let dropped = if round % 2 == 0 {
             let stream = query.stream().await.unwrap();
-            for _ in 0..random.below(4) {
-                tokio::task::yield_now().await;
-            }
+            yields(random.below(4)).await;
             drop(stream);
             Instant::now()
         } else {
-            // Tokio's timers have a grain of 1 ms; this is finer.
-            let spins = random.below(60);
-            let patience = async {
-                for _ in 0..spins {
-                    tokio::task::yield_now().await;
-                }
-                Instant::now()
-            };
+            let patience = yields(random.below(60));
             tokio::select! { _ = query.stream() => panic!("the table is locked"), now = patience => now }
         };
         assert_eq!(backend_of(&mut db).await, pid);
@@ -249,7 +248,7 @@ impl Dropper {
         let random = &mut self.random;
         let limit = i32::try_from(random.below(3_000)).unwrap();
         let (to_read, spins, unborn) = (random.below(1_500), random.below(2_000), random.below(5) == 0);
-        let (yields, entity) = (random.below(8), if random.below(3) == 0 { "computed" } else { "t" });
+        let (turns, entity) = (random.below(8), if random.below(3) == 0 { "computed" } else { "t" });
         let query = self.db.query::<Doc>(entity).where_sql("(data->>'id')::int < $1", &[&limit]);
         if unborn {
             // Polled for a while, then dropped.
@@ -265,9 +264,7 @@ impl Dropper {
                 other => return Err(format!("row {expected} of {limit}: {other:?}")),
             }
         }
-        for _ in 0..yields {
-            tokio::task::yield_now().await;
-        }
+        yields(turns).await;
         let start = Instant::now();
         while start.elapsed() < Duration::from_micros(spins / 4) {
             std::hint::spin_loop();

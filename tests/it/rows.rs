@@ -23,6 +23,11 @@ struct Line {
     price: f64,
 }
 
+#[derive(Debug, Deserialize, PartialEq)]
+struct Note {
+    note: String,
+}
+
 /// One document, with spaces, key order, an escape, a doubled key and a character of four bytes.
 const DOCUMENT: &str =
     r#"{ "note":  "caf\u00e9 𝄞", "id" :7, "lines":[{"sku":"a", "price":1.50}],   "id": 7 }"#;
@@ -38,10 +43,6 @@ fn documents() -> Database {
 async fn json_and_jsonb_decode_into_a_type_of_the_caller() {
     let database = documents();
     let mut db = database.connect().await;
-    #[derive(Debug, Deserialize, PartialEq)]
-    struct Note {
-        note: String,
-    }
     for entity in ["as_json", "as_jsonb"] {
         let rows: Vec<Note> = rows_of(db.query(entity).stream().await.unwrap()).await;
         assert_eq!(rows, [Note { note: "café 𝄞".to_owned() }], "{entity}");

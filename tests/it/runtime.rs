@@ -9,7 +9,7 @@ use serde_json::Value;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::server::{
-    Admin, Database, Doc, ENDLESS, SILENT, SOON, assert_unbroken, backend_of, connect, trickle,
+    Admin, Database, Doc, ENDLESS, SILENT, SOON, assert_unbroken, backend_of, connect, read_all, trickle,
 };
 
 /// The names of threads on which something panicked, and what it said.
@@ -106,8 +106,8 @@ fn a_runtime_may_go_together_with_tasks_that_hold_streams() {
             let runtime = make("runtime-with-tasks");
             let mut one = runtime.block_on(streaming(&url));
             let mut two = runtime.block_on(silent(&url));
-            runtime.spawn(async move { while one.next().await.is_some() {} });
-            runtime.spawn(async move { two.next().await.map(drop) });
+            runtime.spawn(async move { read_all(&mut one).await });
+            runtime.spawn(async move { read_all(&mut two).await });
             // Both are in the midst of it.
             runtime.block_on(async { tokio::time::sleep(Duration::from_millis(20)).await });
             drop(runtime);

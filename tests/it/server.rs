@@ -229,7 +229,7 @@ pub(crate) fn all_of(error: &Error) -> String {
     let mut text = format!("{error}\n{error:?}\n{error:#?}");
     let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {
-        text.push_str(&format!("\n{error}\n{error:?}\n{error:#?}"));
+        text = format!("{text}\n{error}\n{error:?}\n{error:#?}");
         cause = error.source();
     }
     text

@@ -193,26 +193,25 @@ async fn the_parts_add_up_when_the_stream_is_dropped_in_the_middle() {
     assert_eq!(observer.stats().elapsed, stats.elapsed, "an ended life stands still");
 }
 
+/// Looks until the stream is over; how often.
+fn look(observer: &Observer) -> u64 {
+    let (mut looks, mut last) = (0, Duration::ZERO);
+    while !observer.is_ended() {
+        let stats = observer.stats();
+        assert_close("any moment", parts(&stats), stats.elapsed);
+        assert!(stats.elapsed >= last, "time runs backwards: {last:?} {stats:?}");
+        last = stats.elapsed;
+        looks += 1;
+    }
+    looks
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn statistics_read_by_many_at_any_moment_add_up() {
     let database = table(30_000, 50);
     let (mut stream, life) = start!(database, "t", Doc);
-    let readers: Vec<_> = (0..2)
-        .map(|_| {
-            let observer = stream.observer();
-            std::thread::spawn(move || {
-                let (mut looks, mut last) = (0_u64, Duration::ZERO);
-                while !observer.is_ended() {
-                    let stats = observer.stats();
-                    assert_close("any moment", parts(&stats), stats.elapsed);
-                    assert!(stats.elapsed >= last, "time runs backwards: {last:?} {stats:?}");
-                    last = stats.elapsed;
-                    looks += 1;
-                }
-                looks
-            })
-        })
-        .collect();
+    let readers =
+        [stream.observer(), stream.observer()].map(|observer| std::thread::spawn(move || look(&observer)));
     let (rows, _) = read_all(&mut stream).await;
     assert_eq!(rows.len(), 30_000);
     let looks: u64 = readers.into_iter().map(|reader| reader.join().unwrap()).sum();
