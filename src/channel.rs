@@ -5,7 +5,6 @@
 //! file under that lock, together with the ledger of times; what observers read stands in atomics.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -13,64 +12,19 @@ use std::time::Duration;
 use crate::chunk::Chunk;
 use crate::config::Limits;
 use crate::error::Error;
-use crate::time::{Clock, Consumer, Ledger, Nanos, Producer};
+use crate::gauge::Gauge;
+use crate::time::{Clock, Consumer, Nanos, Producer};
 
 /// Makes a channel and what the two sides and all observers see of it.
 pub(crate) fn bounded(limits: Limits, clock: Clock) -> (Sender, Receiver) {
-    let shared = Arc::new(Shared { gauge: Arc::new(Gauge::new(limits, clock)), state: Mutex::default() });
+    let gauge = Arc::new(Gauge::new(limits.rows, limits.bytes, clock));
+    let shared = Arc::new(Shared { limits, gauge, state: Mutex::default() });
     (Sender(Arc::clone(&shared)), Receiver(shared))
-}
-
-/// What a channel tells without being locked.
-#[derive(Debug)]
-pub(crate) struct Gauge {
-    pub(crate) limits: Limits,
-    pub(crate) ledger: Ledger,
-    rows: AtomicUsize,
-    bytes: AtomicUsize,
-    peak_bytes: AtomicUsize,
-    received_bytes: AtomicU64,
-}
-
-impl Gauge {
-    fn new(limits: Limits, clock: Clock) -> Self {
-        Self {
-            limits,
-            ledger: Ledger::new(clock),
-            rows: AtomicUsize::new(0),
-            bytes: AtomicUsize::new(0),
-            peak_bytes: AtomicUsize::new(0),
-            received_bytes: AtomicU64::new(0),
-        }
-    }
-
-    /// Rows that wait in the channel.
-    pub(crate) fn rows(&self) -> usize {
-        self.rows.load(Ordering::Relaxed)
-    }
-
-    /// Payload bytes that wait in the channel.
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn peak_bytes(&self) -> usize {
-        self.peak_bytes.load(Ordering::Relaxed)
-    }
-
-    /// Payload bytes that ever came into the channel.
-    pub(crate) fn received_bytes(&self) -> u64 {
-        self.received_bytes.load(Ordering::Relaxed)
-    }
-
-    fn set(&self, state: &State) {
-        self.rows.store(state.rows, Ordering::Relaxed);
-        self.bytes.store(state.bytes, Ordering::Relaxed);
-    }
 }
 
 #[derive(Debug)]
 struct Shared {
+    limits: Limits,
     gauge: Arc<Gauge>,
     state: Mutex<State>,
 }
@@ -130,7 +84,7 @@ impl Shared {
         let occupancy = Occupancy { rows: state.rows, bytes: state.bytes };
         state.rows -= chunk.rows();
         state.bytes -= chunk.bytes();
-        gauge.set(state);
+        gauge.hold(state.rows, state.bytes);
         let next = busy(state);
         let at = ledger.now();
         if !ledger.consumer_is(next) {
@@ -171,13 +125,13 @@ pub(crate) struct Room {
 pub(crate) struct Sender(Arc<Shared>);
 
 impl Sender {
-    pub(crate) fn gauge(&self) -> &Arc<Gauge> {
-        &self.0.gauge
+    pub(crate) fn limits(&self) -> Limits {
+        self.0.limits
     }
 
     /// Waits until a row of `bytes` fits. A row larger than the whole budget waits for an empty channel.
     pub(crate) fn poll_room(&mut self, cx: &Context<'_>, bytes: usize) -> Poll<Result<Room, Closed>> {
-        let Limits { rows: row_limit, bytes: byte_limit, .. } = self.0.gauge.limits;
+        let Limits { rows: row_limit, bytes: byte_limit, .. } = self.0.limits;
         let ledger = &self.0.gauge.ledger;
         let mut state = self.0.lock();
         if state.receiver_gone {
@@ -212,9 +166,8 @@ impl Sender {
         state.rows += rows;
         state.bytes += bytes;
         state.chunks.push_back(chunk);
-        gauge.set(&state);
-        gauge.peak_bytes.fetch_max(state.bytes, Ordering::Relaxed);
-        gauge.received_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        gauge.hold(state.rows, state.bytes);
+        gauge.received(bytes);
         let consumer = self.0.arrived(&mut state);
         drop(state);
         wake(consumer);
@@ -342,7 +295,7 @@ impl Receiver {
         ledger.end_producer(ledger.now());
         let rows = std::mem::take(&mut state.chunks);
         (state.rows, state.bytes) = (0, 0);
-        self.0.gauge.set(&state);
+        self.0.gauge.hold(state.rows, state.bytes);
         let producer = state.producer.take();
         drop(state);
         drop(rows);
@@ -363,6 +316,8 @@ impl Drop for Receiver {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use tokio_test::task::spawn;
     use tokio_test::{assert_pending, assert_ready, assert_ready_ok};
 
@@ -403,7 +358,7 @@ mod tests {
         assert_pending!(room!(sender, 81));
         sender.send(rows(2, 1));
         assert_pending!(room!(sender, 1), "four rows are in it");
-        assert_eq!((sender.gauge().rows(), sender.gauge().bytes()), (4, 22));
+        assert_eq!((receiver.gauge().rows(), receiver.gauge().bytes()), (4, 22));
         assert_eq!(take(&mut receiver), (2, Occupancy { rows: 4, bytes: 22 }));
         assert_eq!(assert_ready_ok!(room!(sender, 1)), Room { rows: 2, bytes: 98 });
     }
@@ -418,7 +373,7 @@ mod tests {
         sender.send(rows(1, 1_000));
         assert_pending!(room!(sender, 1));
         assert_eq!(take(&mut receiver).0, 1);
-        assert_eq!(sender.gauge().peak_bytes(), 1_000);
+        assert_eq!(receiver.gauge().peak_bytes(), 1_000);
     }
 
     // The first trap of channels bounded by bytes.

@@ -58,11 +58,13 @@ mod config;
 mod connection;
 mod decode;
 mod error;
+mod gauge;
 #[cfg(feature = "otlp")]
 pub mod otlp;
 mod postgres;
 mod producer;
 mod query;
+mod source;
 mod stats;
 mod stream;
 mod telemetry;

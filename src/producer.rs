@@ -6,17 +6,7 @@ use crate::channel::{Closed, Room, Sender};
 use crate::chunk::{Chunk, Filling};
 use crate::config::Limits;
 use crate::error::Error;
-
-/// Where rows come from. A row is lent, not given: it need not outlive the look at it, and no handle to it
-/// is moved around.
-pub(crate) trait Source {
-    /// Lends the next row's JSON text to `look`; SQL NULL reads as JSON's. `None` at the end.
-    fn poll_row<V>(
-        &mut self,
-        cx: &mut Context<'_>,
-        look: impl FnOnce(&[u8]) -> V,
-    ) -> Poll<Option<Result<V, Error>>>;
-}
+use crate::source::Source;
 
 /// Moves all rows of `source` into the channel; returns when the source has ended, or has failed, and all
 /// that came before is in the channel. `Closed` says that the consumer left first.
@@ -24,7 +14,7 @@ pub(crate) trait Source {
 /// Room is asked for before rows are read, so what is read can always be sent and at most one row waits
 /// outside of the channel's bounds.
 pub(crate) async fn run(sender: &mut Sender, source: &mut impl Source) -> Result<Result<(), Error>, Closed> {
-    let mut cutter = Cutter::new(sender.gauge().limits);
+    let mut cutter = Cutter::new(sender.limits());
     loop {
         let next = cutter.held.as_ref().map_or(0, Vec::len);
         cutter.room = std::future::poll_fn(|cx| sender.poll_room(cx, next)).await?;

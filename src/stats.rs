@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::channel::Gauge;
+use crate::gauge::Gauge;
 use crate::time::{Consumer, Producer, Times};
 
 /// Which side sets the pace of a stream.
@@ -339,7 +339,7 @@ pub struct Observer {
 impl Observer {
     /// The stream's statistics now.
     pub fn stats(&self) -> Stats {
-        let (gauge, limits) = (&self.gauge, &self.gauge.limits);
+        let gauge = &self.gauge;
         let times = gauge.ledger.read();
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Stats {
@@ -352,8 +352,8 @@ impl Observer {
             buffered_rows: gauge.rows(),
             buffered_bytes: gauge.bytes(),
             peak_bytes: gauge.peak_bytes(),
-            row_limit: limits.rows,
-            byte_limit: limits.bytes,
+            row_limit: gauge.row_limit,
+            byte_limit: gauge.byte_limit,
             time: StreamTime::of(&times),
             producer_time: ProducerTime {
                 source: Duration::from_nanos(times.producer[Producer::Source as usize]),

@@ -173,11 +173,9 @@ impl<'a> Run<'a> {
             _ => Duration::MAX,
         };
         let _ = timeout(patience, self.errors.finish()).await;
-        if let Some(telemetry) = self.telemetry.take()
-            && let Err(error) = telemetry.shutdown().await
-        {
-            self.errors.line(format!("ndjson: {error}").as_bytes());
-            let _ = timeout(patience, self.errors.finish()).await;
+        if let Some(telemetry) = self.telemetry.take() {
+            // A failure has been told by the subscriber that telemetry brought along.
+            let _ = telemetry.shutdown().await;
         }
     }
 }

@@ -10,7 +10,7 @@ use tokio_postgres::types::{Format, FromSql, IsNull, ToSql, Type, to_sql_checked
 use tokio_postgres::{RowStream, Statement};
 
 use crate::error::Error;
-use crate::producer::Source;
+use crate::source::Source;
 
 /// A query before it is prepared.
 #[derive(Clone, Debug, Default)]

@@ -15,7 +15,7 @@ use tracing::Instrument;
 use super::connect::{self, Peer};
 use super::rows::{RawRows, Value, check_column};
 use crate::error::{Error, ErrorKind, describe};
-use crate::producer::Source;
+use crate::source::Source;
 use crate::telemetry::QuerySpan;
 
 /// What a cancelled query may take to be gone. Whatever is later costs the connection.

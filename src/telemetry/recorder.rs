@@ -70,10 +70,10 @@ impl Recorder {
 
     /// The poll got a chunk.
     pub(crate) fn taken(&mut self, now: Nanos, batch: &Batch) {
-        let (instruments, limits) = (&self.instruments.0, &self.stream.gauge.limits);
+        let (instruments, gauge) = (&self.instruments.0, &self.stream.gauge);
         let entity = std::slice::from_ref(&self.entity);
-        let by_rows = batch.rows_before as f64 / limits.rows as f64;
-        let by_bytes = batch.bytes_before as f64 / limits.bytes as f64;
+        let by_rows = batch.rows_before as f64 / gauge.row_limit as f64;
+        let by_bytes = batch.bytes_before as f64 / gauge.byte_limit as f64;
         instruments.occupancy.record(batch.rows_before as u64, entity);
         instruments.utilization.record(by_rows.max(by_bytes), entity);
         instruments.chunk_size.record(batch.rows as u64, entity);

@@ -168,9 +168,9 @@ impl Entity {
             let gauge = &tracked.stream.gauge;
             levels.streams += 1;
             levels.rows += gauge.rows();
-            levels.row_limit += gauge.limits.rows;
+            levels.row_limit += gauge.row_limit;
             levels.bytes += gauge.bytes();
-            levels.byte_limit += gauge.limits.bytes;
+            levels.byte_limit += gauge.byte_limit;
             levels.since_last_row = levels.since_last_row.max(tracked.since_last_row());
         }
         levels

@@ -14,7 +14,7 @@ use crate::support::{AT_ONCE, Database, Running, SOON, ndjson, next_line, stats,
 
 /// Without end and fast; silent at once; silent after the first row.
 const VIEWS: &str = "
-    CREATE VIEW flowing AS SELECT to_jsonb(repeat('x', 1000)) AS data FROM generate_series(1, 100000000);
+    CREATE VIEW flowing AS SELECT to_jsonb(repeat('x', 1000)) AS data, generate_series(1, 100000000);
     CREATE VIEW silent AS SELECT to_jsonb(1) AS data FROM pg_sleep(600);
     CREATE VIEW one AS SELECT to_jsonb(repeat('x', 20000)) AS data FROM generate_series(1, 2) UNION ALL SELECT data FROM silent;";
 

@@ -67,7 +67,7 @@ fn pauses_are_right_on_average() {
 fn statistics_come_every_second_though_the_reader_stalls() {
     let database = Database::new(
         "pace_stalled",
-        "CREATE VIEW docs AS SELECT to_jsonb(repeat('x', 1000)) AS data FROM generate_series(1, 1000000)",
+        "CREATE VIEW docs AS SELECT to_jsonb(repeat('x', 1000)) AS data, generate_series(1, 1000000)",
     );
     let mut command = database.ndjson(&["docs", "--stats"]);
     let mut running = Running::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
@@ -115,7 +115,7 @@ fn statistics_come_every_second_in_a_long_pause_and_while_the_server_is_silent()
 fn a_statement_timeout_is_put_down_to_the_consumer_that_dawdles() {
     let database = Database::new(
         "pace_timeout",
-        "CREATE VIEW docs AS SELECT to_jsonb(repeat('x', 1000)) AS data FROM generate_series(1, 100000)",
+        "CREATE VIEW docs AS SELECT to_jsonb(repeat('x', 1000)) AS data, generate_series(1, 100000)",
     );
     // By the socket: what lies in the kernel's buffers is delivered before the error.
     let url = format!("{} options='-c statement_timeout=2000'", database.socket_url());

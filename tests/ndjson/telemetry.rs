@@ -4,7 +4,7 @@ use std::net::TcpListener;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use backends::Collector;
+use backends::{Collector, wait_until};
 
 use crate::support::{Database, Running, SOON, next_line, text};
 
@@ -30,18 +30,22 @@ fn metrics_and_spans_arrive_also_when_a_signal_ends_it() {
     running.signal("INT");
     assert_eq!(running.end(SOON).code(), Some(130));
 
-    let rows: f64 = collector
-        .metrics()
-        .iter()
-        .filter(|metric| metric.name == "fraiseql.stream.rows")
-        .flat_map(|metric| &metric.points)
-        .filter_map(|point| point.value)
-        .sum();
-    assert!(rows >= 301.0, "{rows}");
-    let names: Vec<String> = collector.spans().into_iter().map(|span| span.name).collect();
+    // The collector takes a moment to write down what it was sent.
+    assert!(wait_until(SOON, || rows(&collector) >= 301.0), "{}", rows(&collector));
     for name in ["SELECT docs", "SELECT one", "cancel"] {
-        assert!(names.iter().any(|span| span == name), "{name}: {names:?}");
+        let arrived = || collector.spans().iter().any(|span| span.name == name);
+        assert!(wait_until(SOON, arrived), "{name}: {:?}", collector.spans());
     }
+}
+
+/// The rows of all runs.
+fn rows(collector: &Collector) -> f64 {
+    let metrics = collector.metrics().into_iter();
+    metrics
+        .filter(|metric| metric.name == "fraiseql.stream.rows")
+        .flat_map(|metric| metric.points)
+        .filter_map(|point| point.value)
+        .sum()
 }
 
 #[test]
