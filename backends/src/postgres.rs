@@ -101,44 +101,18 @@ impl Builder {
             dir.put(name, contents, account)?;
         }
         let [port] = free_ports()?;
-        let mut settings = vec![
-            format!("port={port}"),
-            format!("unix_socket_directories={}", dir.path().display()),
-        ];
-        settings.extend(
-            SETTINGS
-                .iter()
-                .map(|(name, value)| format!("{name}={value}")),
-        );
-        settings.extend(
-            self.settings
-                .iter()
-                .map(|(name, value)| format!("{name}={value}")),
-        );
+        let mut settings =
+            vec![format!("port={port}"), format!("unix_socket_directories={}", dir.path().display())];
+        settings.extend(SETTINGS.iter().map(|(name, value)| format!("{name}={value}")));
+        settings.extend(self.settings.iter().map(|(name, value)| format!("{name}={value}")));
         let path = dir.path().to_owned();
         let mut command = ["/bin/sh", "-c", LAUNCH, "launch"].map(OsStr::new).to_vec();
         command.extend([binaries.bin.as_os_str(), path.as_os_str()]);
-        command.extend(
-            settings
-                .iter()
-                .flat_map(|setting| [OsStr::new("-c"), OsStr::new(setting)]),
-        );
+        command.extend(settings.iter().flat_map(|setting| [OsStr::new("-c"), OsStr::new(setting)]));
         // SIGINT is the fast shutdown, which ends the clients' sessions; SIGQUIT the immediate one.
-        let plan = Plan {
-            account,
-            signals: ["INT", "QUIT"],
-            cleanup: CLEANUP,
-            env: &[],
-            command: &command,
-        };
+        let plan = Plan { account, signals: ["INT", "QUIT"], cleanup: CLEANUP, env: &[], command: &command };
         let process = Process::start(dir, &plan)?;
-        Ok(Postgres {
-            process,
-            bin: binaries.bin.clone(),
-            major: binaries.major,
-            port,
-            password,
-        })
+        Ok(Postgres { process, bin: binaries.bin.clone(), major: binaries.major, port, password })
     }
 }
 
@@ -176,9 +150,7 @@ impl Postgres {
     /// A line, counted from 1, of the file in which a server says how it is.
     fn lock_file_line(&self, number: usize) -> Option<String> {
         let text = fs::read_to_string(self.process.dir().join("data/postmaster.pid")).ok()?;
-        text.lines()
-            .nth(number - 1)
-            .map(|line| line.trim().to_owned())
+        text.lines().nth(number - 1).map(|line| line.trim().to_owned())
     }
 
     /// The URL of the database `postgres`, with the superuser `postgres` and the password, by TCP.
@@ -188,10 +160,7 @@ impl Postgres {
 
     /// The URL of another database, whose name is plain (letters, digits, `_`).
     pub fn url_for(&self, database: &str) -> String {
-        format!(
-            "postgres://postgres:{}@127.0.0.1:{}/{database}",
-            self.password, self.port
-        )
+        format!("postgres://postgres:{}@127.0.0.1:{}/{database}", self.password, self.port)
     }
 
     /// The port on 127.0.0.1, and in the name of the Unix socket.
@@ -214,9 +183,7 @@ impl Postgres {
     /// # Panics
     /// When the server was stopped.
     pub fn postmaster_pid(&self) -> u32 {
-        self.lock_file_line(1)
-            .and_then(|line| line.parse().ok())
-            .expect("the server is running")
+        self.lock_file_line(1).and_then(|line| line.parse().ok()).expect("the server is running")
     }
 
     /// The major version, such as 18.
@@ -245,34 +212,20 @@ impl Postgres {
     pub fn psql(&self, database: &str, script: &str) -> Result<String, Error> {
         let program = self.bin.join("psql");
         let mut command = Command::new(&program);
-        command
-            .args(["-XqAt", "-v", "ON_ERROR_STOP=1", "-d"])
-            .arg(self.url_for(database));
-        command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        let mut child = command
-            .spawn()
-            .context(format!("cannot run {}", program.display()))?;
+        command.args(["-XqAt", "-v", "ON_ERROR_STOP=1", "-d"]).arg(self.url_for(database));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().context(format!("cannot run {}", program.display()))?;
         let mut input = child.stdin.take();
         let output = std::thread::scope(|scope| {
             // Written beside the reading: neither pipe can fill up and stop the other.
-            scope.spawn(move || {
-                input
-                    .as_mut()
-                    .map(|input| input.write_all(script.as_bytes()))
-            });
+            scope.spawn(move || input.as_mut().map(|input| input.write_all(script.as_bytes())));
             child.wait_with_output()
         });
         let output = output.context("psql was lost")?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
-        Err(Error::new(format!(
-            "psql: {}",
-            String::from_utf8_lossy(&output.stderr)
-        )))
+        Err(Error::new(format!("psql: {}", String::from_utf8_lossy(&output.stderr))))
     }
 
     /// Stops the server as an administrator does: sessions are ended, and told so. Returns when it is down.
@@ -290,12 +243,8 @@ impl Postgres {
     pub fn kill(&self) -> Result<(), Error> {
         // Not every Linux has this file; without it, the sessions end by themselves when they miss the postmaster.
         let pid = self.postmaster_pid();
-        let children =
-            fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-        let children: Vec<u32> = children
-            .split_whitespace()
-            .filter_map(|pid| pid.parse().ok())
-            .collect();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+        let children: Vec<u32> = children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect();
         self.process.end("KILL", &children)
     }
 }

@@ -67,34 +67,18 @@ pub(crate) struct Process {
 impl Process {
     pub(crate) fn start(dir: Dir, plan: &Plan<'_>) -> Result<Self, Error> {
         let mut command = Command::new("/bin/sh");
-        command
-            .args(["-c", SUPERVISOR, "supervisor"])
-            .arg(dir.path())
-            .args(plan.signals)
-            .arg(plan.cleanup);
+        command.args(["-c", SUPERVISOR, "supervisor"]).arg(dir.path()).args(plan.signals).arg(plan.cleanup);
         command.args(plan.command);
         // Nothing of ours may change what the server does (PGDATA, PGPORT, OTEL_...).
-        command
-            .env_clear()
-            .env("PATH", path())
-            .env("LC_ALL", "C")
-            .env("TZ", "UTC");
+        command.env_clear().env("PATH", path()).env("LC_ALL", "C").env("TZ", "UTC");
         command.envs(plan.env.iter().copied());
         // A group of its own: Ctrl-C must reach us alone, so that we can still talk to the server while we wind up.
         command.process_group(0).current_dir("/");
-        command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        let mut supervisor = account::run_as(&mut command, plan.account)
-            .spawn()
-            .context("cannot run /bin/sh")?;
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut supervisor =
+            account::run_as(&mut command, plan.account).spawn().context("cannot run /bin/sh")?;
         let pipe = supervisor.stdin.take();
-        Ok(Self {
-            supervisor: Mutex::new(supervisor),
-            pipe: Mutex::new(pipe),
-            dir,
-        })
+        Ok(Self { supervisor: Mutex::new(supervisor), pipe: Mutex::new(pipe), dir })
     }
 
     pub(crate) fn dir(&self) -> &Path {
@@ -142,9 +126,7 @@ impl Process {
 
     /// Sends the signal to the server and `others`, and waits until it is gone. The folder stays until drop.
     pub(crate) fn end(&self, signal: &str, others: &[u32]) -> Result<(), Error> {
-        let pid = self
-            .pid()
-            .ok_or_else(|| Error::new("the server has no pid yet"))?;
+        let pid = self.pid().ok_or_else(|| Error::new("the server has no pid yet"))?;
         self.signal(signal, &[&[pid], others].concat())?;
         if wait_until(Duration::from_secs(10), || self.has_exited()) {
             return Ok(());
@@ -158,27 +140,15 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        drop(
-            self.pipe
-                .get_mut()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take(),
-        );
+        drop(self.pipe.get_mut().unwrap_or_else(PoisonError::into_inner).take());
         // It ends within 8 s, with SIGKILL at the worst; usually in a tenth of one.
-        let _ = self
-            .supervisor
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner)
-            .wait();
+        let _ = self.supervisor.get_mut().unwrap_or_else(PoisonError::into_inner).wait();
     }
 }
 
 /// Our own PATH, and the standard places after it, for the supervisor's `rm` and `sleep`.
 fn path() -> String {
-    format!(
-        "{}:/usr/local/bin:/usr/bin:/bin",
-        std::env::var("PATH").unwrap_or_default()
-    )
+    format!("{}:/usr/local/bin:/usr/bin:/bin", std::env::var("PATH").unwrap_or_default())
 }
 
 /// A folder for one server; removed on drop.
@@ -192,14 +162,12 @@ impl Dir {
             base.as_os_str().len() < 70 && (account.is_none() || account::open_to_others(base, 0o7))
         };
         let bases = [std::env::temp_dir(), "/tmp".into(), "/var/tmp".into()];
-        let base = bases.into_iter().find(suits).ok_or_else(|| {
-            Error::new("no folder for temporary files: /tmp and /var/tmp are closed")
-        })?;
+        let base = bases
+            .into_iter()
+            .find(suits)
+            .ok_or_else(|| Error::new("no folder for temporary files: /tmp and /var/tmp are closed"))?;
         let path = base.join(format!("fraiseql-{kind}-{:.12}", random_hex()?));
-        fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .context(format!("cannot make {}", path.display()))?;
+        fs::DirBuilder::new().mode(0o700).create(&path).context(format!("cannot make {}", path.display()))?;
         let dir = Self(path);
         dir.give_to(dir.path(), account, 0o755)?;
         Ok(dir)
@@ -210,12 +178,7 @@ impl Dir {
     }
 
     /// Puts a file that only `account` can read.
-    pub(crate) fn put(
-        &self,
-        name: &str,
-        contents: &[u8],
-        account: Option<Account>,
-    ) -> Result<(), Error> {
+    pub(crate) fn put(&self, name: &str, contents: &[u8], account: Option<Account>) -> Result<(), Error> {
         let path = self.0.join(name);
         fs::write(&path, contents).context(format!("cannot write {}", path.display()))?;
         self.give_to(&path, account, 0o600)
@@ -223,14 +186,10 @@ impl Dir {
 
     fn give_to(&self, path: &Path, account: Option<Account>, mode: u32) -> Result<(), Error> {
         let given =
-            fs::set_permissions(path, fs::Permissions::from_mode(mode)).and_then(
-                |()| match account {
-                    Some(Account { uid, gid }) => {
-                        std::os::unix::fs::chown(path, Some(uid), Some(gid))
-                    }
-                    None => Ok(()),
-                },
-            );
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).and_then(|()| match account {
+                Some(Account { uid, gid }) => std::os::unix::fs::chown(path, Some(uid), Some(gid)),
+                None => Ok(()),
+            });
         given.context(format!("cannot hand over {}", self.0.display()))
     }
 }
@@ -256,12 +215,8 @@ pub(crate) fn free_ports<const N: usize>() -> Result<[u16; N], Error> {
     let mut held = Vec::with_capacity(N);
     let mut ports = [0; N];
     for port in &mut ports {
-        let listener =
-            std::net::TcpListener::bind("127.0.0.1:0").context("no free port on 127.0.0.1")?;
-        *port = listener
-            .local_addr()
-            .context("no free port on 127.0.0.1")?
-            .port();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").context("no free port on 127.0.0.1")?;
+        *port = listener.local_addr().context("no free port on 127.0.0.1")?.port();
         held.push(listener);
     }
     Ok(ports)

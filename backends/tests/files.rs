@@ -22,21 +22,14 @@ const COMPOSECHECK: go::Module = go::Module {
 const SOON: Duration = Duration::from_secs(20);
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("the crate is in the repository")
-        .to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate is in the repository").to_owned()
 }
 
 /// Loads a Compose file: what it comes to, or what is wrong with it.
 fn compose(file: &Path) -> Result<Value, String> {
     let program = COMPOSECHECK.program().expect("composecheck builds");
     // A port or password in our environment is not what the file says.
-    let output = Command::new(program)
-        .arg(file)
-        .env_clear()
-        .output()
-        .expect("composecheck runs");
+    let output = Command::new(program).arg(file).env_clear().output().expect("composecheck runs");
     if !output.status.success() {
         return Err(String::from_utf8_lossy(&output.stderr).into_owned());
     }
@@ -47,10 +40,7 @@ fn compose(file: &Path) -> Result<Value, String> {
 fn services() -> Vec<(String, Value)> {
     let project = compose(&root().join("docker-compose.yml")).expect("docker-compose.yml loads");
     let services = project["services"].as_object().expect("it has services");
-    services
-        .iter()
-        .map(|(name, service)| (name.clone(), service.clone()))
-        .collect()
+    services.iter().map(|(name, service)| (name.clone(), service.clone())).collect()
 }
 
 fn list<'a>(service: &'a Value, key: &str) -> &'a [Value] {
@@ -67,26 +57,16 @@ fn every_published_port_is_on_loopback() {
         }
     }
     for port in ["5432", "4317", "4318", "9090", "3200", "3000"] {
-        assert!(
-            published.iter().any(|published| published == port),
-            "{port} is not in {published:?}"
-        );
+        assert!(published.iter().any(|published| published == port), "{port} is not in {published:?}");
     }
 }
 
 #[test]
 fn every_image_is_pinned_to_a_version_and_every_log_is_bounded() {
     for (name, service) in services() {
-        let (_, tag) = service["image"]
-            .as_str()
-            .unwrap()
-            .rsplit_once(':')
-            .expect("an image has a tag");
-        let numbers = tag
-            .trim_start_matches('v')
-            .split('.')
-            .filter(|part| part.parse::<u32>().is_ok())
-            .count();
+        let (_, tag) = service["image"].as_str().unwrap().rsplit_once(':').expect("an image has a tag");
+        let numbers =
+            tag.trim_start_matches('v').split('.').filter(|part| part.parse::<u32>().is_ok()).count();
         assert!(numbers >= 2, "{name}: {tag}");
         assert_eq!(service["logging"]["options"]["max-size"], "10m", "{name}");
     }
@@ -96,24 +76,15 @@ fn every_image_is_pinned_to_a_version_and_every_log_is_bounded() {
 fn every_mounted_file_is_there() {
     let mut mounted = Vec::new();
     for (name, service) in services() {
-        for mount in list(&service, "volumes")
-            .iter()
-            .filter(|mount| mount["type"] == "bind")
-        {
+        for mount in list(&service, "volumes").iter().filter(|mount| mount["type"] == "bind") {
             let source = PathBuf::from(mount["source"].as_str().unwrap());
             assert!(source.exists(), "{name}: {}", source.display());
             assert_eq!(mount["read_only"], true, "{name}: {}", source.display());
             mounted.push(source);
         }
     }
-    assert!(
-        mounted.contains(&root().join("otel-collector.yaml")),
-        "{mounted:?}"
-    );
-    assert!(
-        mounted.contains(&root().join("deploy/postgres/seed.sql")),
-        "{mounted:?}"
-    );
+    assert!(mounted.contains(&root().join("otel-collector.yaml")), "{mounted:?}");
+    assert!(mounted.contains(&root().join("deploy/postgres/seed.sql")), "{mounted:?}");
 }
 
 #[test]
@@ -121,11 +92,7 @@ fn a_compose_file_that_is_wrong_is_refused() {
     let folder = std::env::temp_dir().join(format!("fraiseql-compose-{}", std::process::id()));
     std::fs::create_dir(&folder).unwrap();
     let file = folder.join("docker-compose.yml");
-    std::fs::write(
-        &file,
-        "services: {one: {image: \"one:1.0\", depends_on: [two]}}\n",
-    )
-    .unwrap();
+    std::fs::write(&file, "services: {one: {image: \"one:1.0\", depends_on: [two]}}\n").unwrap();
     let refused = compose(&file);
     std::fs::remove_dir_all(&folder).unwrap();
     assert!(refused.unwrap_err().contains("two"));
@@ -138,18 +105,9 @@ fn the_orders_can_be_loaded_and_are_what_the_examples_stream() {
     server.psql("postgres", &script).unwrap();
     let ask = |sql| server.psql("postgres", sql).unwrap();
     assert_eq!(ask("SELECT count(*) FROM orders"), "200000\n");
-    assert_eq!(
-        ask("SELECT count(DISTINCT data->>'status') FROM orders"),
-        "4\n"
-    );
-    assert_eq!(
-        ask("SELECT count(*) FROM orders WHERE (data->>'id')::bigint <> id"),
-        "0\n"
-    );
-    assert_eq!(
-        ask("SELECT bool_and(jsonb_array_length(data->'lines') BETWEEN 1 AND 5) FROM orders"),
-        "t\n"
-    );
+    assert_eq!(ask("SELECT count(DISTINCT data->>'status') FROM orders"), "4\n");
+    assert_eq!(ask("SELECT count(*) FROM orders WHERE (data->>'id')::bigint <> id"), "0\n");
+    assert_eq!(ask("SELECT bool_and(jsonb_array_length(data->'lines') BETWEEN 1 AND 5) FROM orders"), "t\n");
 }
 
 /// A collector with the users' configuration; the ports are ours.
@@ -161,55 +119,28 @@ struct UsersCollector {
 
 impl UsersCollector {
     fn start(tempo: &str) -> Self {
-        let listeners: Vec<_> = (0..4)
-            .map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port"))
-            .collect();
-        let ports: Vec<u16> = listeners
-            .iter()
-            .map(|one| one.local_addr().expect("it is bound").port())
-            .collect();
+        let listeners: Vec<_> =
+            (0..4).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
+        let ports: Vec<u16> =
+            listeners.iter().map(|one| one.local_addr().expect("it is bound").port()).collect();
         drop(listeners);
-        let names = [
-            "OTLP_GRPC_ENDPOINT",
-            "OTLP_HTTP_ENDPOINT",
-            "PROMETHEUS_ENDPOINT",
-            "HEALTH_ENDPOINT",
-        ];
+        let names = ["OTLP_GRPC_ENDPOINT", "OTLP_HTTP_ENDPOINT", "PROMETHEUS_ENDPOINT", "HEALTH_ENDPOINT"];
         let mut command = Command::new(collector_program().expect("there is a collector"));
-        command
-            .arg("--config")
-            .arg(root().join("otel-collector.yaml"))
-            .env("TEMPO_ENDPOINT", tempo);
+        command.arg("--config").arg(root().join("otel-collector.yaml")).env("TEMPO_ENDPOINT", tempo);
         // Its own metrics would take port 8888, which may be another's.
         command.args(["--config", "yaml:service::telemetry::metrics::level: none"]);
-        command.envs(
-            names
-                .iter()
-                .zip(&ports)
-                .map(|(name, port)| (name, format!("127.0.0.1:{port}"))),
-        );
-        let child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn();
-        let collector = Self {
-            child: child.expect("the collector runs"),
-            http: ports[1],
-            prometheus: ports[2],
-        };
+        command.envs(names.iter().zip(&ports).map(|(name, port)| (name, format!("127.0.0.1:{port}"))));
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let collector =
+            Self { child: child.expect("the collector runs"), http: ports[1], prometheus: ports[2] };
         let healthy = || http::get(ports[3], "/").is_ok_and(|(status, _)| status == 200);
-        assert!(
-            wait_until(SOON, healthy),
-            "the collector does not start with otel-collector.yaml"
-        );
+        assert!(wait_until(SOON, healthy), "the collector does not start with otel-collector.yaml");
         collector
     }
 
     fn send(&self, signal: &str, body: &Value) {
-        let (status, answer) =
-            http::post_json(self.http, &format!("/v1/{signal}"), &body.to_string())
-                .expect("the collector answers");
+        let (status, answer) = http::post_json(self.http, &format!("/v1/{signal}"), &body.to_string())
+            .expect("the collector answers");
         assert_eq!(status, 200, "{answer}");
     }
 }
@@ -226,40 +157,25 @@ fn the_collector_shows_the_documented_names_to_prometheus_and_hands_traces_on() 
     // In Tempo's place stands another collector, which keeps what it is sent.
     let tempo = Collector::start().unwrap();
     let collector = UsersCollector::start(tempo.grpc_endpoint().trim_start_matches("http://"));
-    let resource =
-        json!({"attributes": [{"key": "service.name", "value": {"stringValue": "shop"}}]});
+    let resource = json!({"attributes": [{"key": "service.name", "value": {"stringValue": "shop"}}]});
     let point = json!({
         "attributes": [{"key": "entity", "value": {"stringValue": "orders"}}],
         "timeUnixNano": "2000000000", "count": "1", "sum": 7, "explicitBounds": [10], "bucketCounts": ["1", "0"],
     });
     let histogram = json!({"aggregationTemporality": 2, "dataPoints": [point]});
-    let metric =
-        json!({"name": "fraiseql_channel_occupancy_rows", "unit": "{row}", "histogram": histogram});
+    let metric = json!({"name": "fraiseql_channel_occupancy_rows", "unit": "{row}", "histogram": histogram});
     let scope = json!({"scope": {"name": "fraiseql-stream"}, "metrics": [metric]});
-    collector.send(
-        "metrics",
-        &json!({"resourceMetrics": [{"resource": resource, "scopeMetrics": [scope]}]}),
-    );
+    collector.send("metrics", &json!({"resourceMetrics": [{"resource": resource, "scopeMetrics": [scope]}]}));
     let (trace, id) = ("0af7651916cd43dd8448eb211c80319c", "0102030405060708");
     let span = json!({"traceId": trace, "spanId": id, "name": "SELECT orders", "startTimeUnixNano": "1", "endTimeUnixNano": "2"});
     let scope = json!({"spans": [span]});
-    collector.send(
-        "traces",
-        &json!({"resourceSpans": [{"resource": resource, "scopeSpans": [scope]}]}),
-    );
+    collector.send("traces", &json!({"resourceSpans": [{"resource": resource, "scopeSpans": [scope]}]}));
 
     let line = r#"fraiseql_channel_occupancy_rows_bucket{entity="orders",job="shop",le="10"} 1"#;
     let shown = || http::get(collector.prometheus, "/metrics").unwrap().1;
+    assert!(wait_until(SOON, || shown().lines().any(|shown| shown == line)), "{}", shown());
     assert!(
-        wait_until(SOON, || shown().lines().any(|shown| shown == line)),
-        "{}",
-        shown()
-    );
-    assert!(
-        wait_until(SOON, || tempo
-            .spans()
-            .iter()
-            .any(|span| span.trace_id == trace)),
+        wait_until(SOON, || tempo.spans().iter().any(|span| span.trace_id == trace)),
         "{}",
         tempo.debug_log()
     );

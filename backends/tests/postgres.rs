@@ -24,9 +24,7 @@ fn is_alive(pid: u32) -> bool {
 /// The answer to the first message of a client, up to and including the kind of authentication.
 fn greeting(socket: &mut (impl Read + Write)) -> (u8, u32) {
     // Length, protocol 3.0, parameters.
-    socket
-        .write_all(b"\0\0\0\x17\0\x03\0\0user\0postgres\0\0")
-        .expect("the server reads");
+    socket.write_all(b"\0\0\0\x17\0\x03\0\0user\0postgres\0\0").expect("the server reads");
     let mut answer = [0; 9];
     socket.read_exact(&mut answer).expect("the server answers");
     let [kind, _, _, _, _, method @ ..] = answer;
@@ -36,65 +34,27 @@ fn greeting(socket: &mut (impl Read + Write)) -> (u8, u32) {
 #[test]
 fn a_server_takes_connections_by_tcp_and_socket_and_asks_for_scram() {
     let server = Postgres::start().unwrap();
-    assert_eq!(
-        greeting(&mut TcpStream::connect(("127.0.0.1", server.port())).unwrap()),
-        (b'R', 10)
-    );
-    let socket = server
-        .socket_dir()
-        .join(format!(".s.PGSQL.{}", server.port()));
-    assert_eq!(
-        greeting(&mut UnixStream::connect(socket).unwrap()),
-        (b'R', 10)
-    );
+    assert_eq!(greeting(&mut TcpStream::connect(("127.0.0.1", server.port())).unwrap()), (b'R', 10));
+    let socket = server.socket_dir().join(format!(".s.PGSQL.{}", server.port()));
+    assert_eq!(greeting(&mut UnixStream::connect(socket).unwrap()), (b'R', 10));
     let url = server.url();
     assert_eq!(
         url,
-        format!(
-            "postgres://postgres:{}@127.0.0.1:{}/postgres",
-            server.password(),
-            server.port()
-        )
+        format!("postgres://postgres:{}@127.0.0.1:{}/postgres", server.password(), server.port())
     );
     assert!(!format!("{server:?}").contains(server.password()));
 }
 
 #[test]
 fn a_server_has_its_settings_files_and_databases() {
-    let server = Postgres::builder()
-        .set("max_connections", "33")
-        .file("word", "hello")
-        .start()
-        .unwrap();
-    assert_eq!(
-        server.psql("postgres", "SHOW max_connections").unwrap(),
-        "33\n"
-    );
-    assert_eq!(
-        server
-            .psql("postgres", "SELECT pg_read_file('../word')")
-            .unwrap(),
-        "hello\n"
-    );
-    assert_eq!(
-        server
-            .psql("postgres", "SHOW server_encoding; SHOW fsync")
-            .unwrap(),
-        "UTF8\noff\n"
-    );
+    let server = Postgres::builder().set("max_connections", "33").file("word", "hello").start().unwrap();
+    assert_eq!(server.psql("postgres", "SHOW max_connections").unwrap(), "33\n");
+    assert_eq!(server.psql("postgres", "SELECT pg_read_file('../word')").unwrap(), "hello\n");
+    assert_eq!(server.psql("postgres", "SHOW server_encoding; SHOW fsync").unwrap(), "UTF8\noff\n");
     let version = server.psql("postgres", "SHOW server_version_num").unwrap();
-    assert_eq!(
-        version.trim().parse::<u32>().unwrap() / 10_000,
-        server.version()
-    );
-    assert_eq!(
-        server.create_database("shop").unwrap(),
-        server.url_for("shop")
-    );
-    assert_eq!(
-        server.psql("shop", "SELECT current_database()").unwrap(),
-        "shop\n"
-    );
+    assert_eq!(version.trim().parse::<u32>().unwrap() / 10_000, server.version());
+    assert_eq!(server.create_database("shop").unwrap(), server.url_for("shop"));
+    assert_eq!(server.psql("shop", "SELECT current_database()").unwrap(), "shop\n");
     let error = server.psql("shop", "SELECT 1/0").unwrap_err().to_string();
     assert!(error.contains("division by zero"), "{error}");
 }
@@ -127,63 +87,38 @@ fn a_dropped_server_is_gone_with_its_folder_within_a_second() {
 fn a_stopped_or_killed_server_can_still_be_asked_for_its_log() {
     let server = Postgres::start().unwrap();
     server.stop().unwrap();
-    assert!(
-        server.log().contains("database system is shut down"),
-        "{}",
-        server.log()
-    );
+    assert!(server.log().contains("database system is shut down"), "{}", server.log());
 
     let server = Postgres::start().unwrap();
     let segments = || std::fs::read_to_string("/proc/sysvipc/shm").unwrap_or_default();
     let (pid, folder) = (server.postmaster_pid(), server.socket_dir().to_owned());
     let lock_file = std::fs::read_to_string(folder.join("data/postmaster.pid")).unwrap();
-    let segment = lock_file
-        .lines()
-        .nth(6)
-        .and_then(|line| line.split_whitespace().nth(1))
-        .unwrap()
-        .to_owned();
-    let has_segment = || {
-        segments()
-            .lines()
-            .any(|line| line.split_whitespace().nth(1) == Some(&segment))
-    };
+    let segment =
+        lock_file.lines().nth(6).and_then(|line| line.split_whitespace().nth(1)).unwrap().to_owned();
+    let has_segment = || segments().lines().any(|line| line.split_whitespace().nth(1) == Some(&segment));
     assert!(has_segment());
     server.kill().unwrap();
     assert!(!is_alive(pid));
     assert!(!server.log().contains("is shut down"), "{}", server.log());
     drop(server);
     assert!(!folder.exists());
-    assert!(
-        !has_segment(),
-        "the killed server left its segment {segment}"
-    );
+    assert!(!has_segment(), "the killed server left its segment {segment}");
 }
 
 #[test]
 fn a_server_that_cannot_start_says_why_and_leaves_no_folder() {
     // A file of this name in the folder tells ours from those of other tests.
     let marker = format!("marker-{}", std::process::id());
-    let builder = Postgres::builder()
-        .set("no_such_setting", "1")
-        .file(&marker, "");
+    let builder = Postgres::builder().set("no_such_setting", "1").file(&marker, "");
     let error = builder.start().unwrap_err().to_string();
-    assert!(
-        error.contains("unrecognized configuration parameter \"no_such_setting\""),
-        "{error}"
-    );
+    assert!(error.contains("unrecognized configuration parameter \"no_such_setting\""), "{error}");
     assert!(!error.contains('\n'), "{error}");
     let left = |base: &Path| {
         let folders = std::fs::read_dir(base).into_iter().flatten().flatten();
-        folders
-            .map(|entry| entry.path())
-            .filter(|folder| folder.join(&marker).exists())
-            .collect::<Vec<_>>()
+        folders.map(|entry| entry.path()).filter(|folder| folder.join(&marker).exists()).collect::<Vec<_>>()
     };
-    let left: Vec<PathBuf> = [std::env::temp_dir(), "/tmp".into()]
-        .iter()
-        .flat_map(|base| left(base))
-        .collect();
+    let left: Vec<PathBuf> =
+        [std::env::temp_dir(), "/tmp".into()].iter().flat_map(|base| left(base)).collect();
     assert!(left.is_empty(), "{left:?}");
 }
 
@@ -197,13 +132,8 @@ fn child_that_holds_a_server() {
         return;
     };
     let server = HELD.get_or_init(|| Postgres::start().unwrap());
-    writeln!(
-        std::io::stderr(),
-        "holding {} {}",
-        server.postmaster_pid(),
-        server.socket_dir().display()
-    )
-    .unwrap();
+    writeln!(std::io::stderr(), "holding {} {}", server.postmaster_pid(), server.socket_dir().display())
+        .unwrap();
     match ending.as_str() {
         "exit" => std::process::exit(0),
         "abort" => std::process::abort(),
@@ -215,9 +145,7 @@ fn child_that_holds_a_server() {
 /// A child that holds a server, the server's pid and its folder.
 fn child(ending: &str) -> (Child, u32, PathBuf) {
     let mut command = Command::new(std::env::current_exe().expect("a test has a program"));
-    command
-        .args(["--exact", "child_that_holds_a_server", "--nocapture"])
-        .env(ENDING, ending);
+    command.args(["--exact", "child_that_holds_a_server", "--nocapture"]).env(ENDING, ending);
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -235,11 +163,7 @@ fn child(ending: &str) -> (Child, u32, PathBuf) {
 
 fn assert_gone(pid: u32, folder: &Path) {
     assert!(wait_until(SOON, || !is_alive(pid)), "server {pid} lives on");
-    assert!(
-        wait_until(SOON, || !folder.exists()),
-        "{} is still there",
-        folder.display()
-    );
+    assert!(wait_until(SOON, || !folder.exists()), "{} is still there", folder.display());
 }
 
 #[test]
@@ -270,13 +194,7 @@ fn the_server_is_in_a_process_group_of_its_own_and_holds_none_of_our_files() {
     let server = Postgres::start().unwrap();
     let group = |pid: &str| {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-        stat.rsplit(") ")
-            .next()
-            .unwrap()
-            .split(' ')
-            .nth(2)
-            .unwrap()
-            .to_owned()
+        stat.rsplit(") ").next().unwrap().split(' ').nth(2).unwrap().to_owned()
     };
     let pid = server.postmaster_pid().to_string();
     assert_ne!(group(&pid), group("self"));

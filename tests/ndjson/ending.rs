@@ -85,7 +85,8 @@ fn a_signal_ends_it_in_a_long_pause() {
     let database = Database::new("ending_pause", VIEWS);
     let mut command = database.ndjson(&["flowing", "--pause-ms", "600000"]);
     let mut running = Running::start(command.stdout(Stdio::piped()));
-    next_line(&mut running.stdout());
+    let mut lines = running.stdout();
+    next_line(&mut lines);
     assert_stops(running, SIGNALS[0], &database);
 }
 
@@ -93,16 +94,15 @@ fn a_signal_ends_it_in_a_long_pause() {
 fn a_signal_ends_it_while_the_relation_is_locked() {
     let database = Database::new("ending_locked", "CREATE TABLE docs (data jsonb)");
     std::thread::scope(|scope| {
-        scope.spawn(|| {
-            database.sql("BEGIN; LOCK TABLE docs; SELECT pg_sleep(4)");
-        });
-        assert!(wait_until(SOON, || {
-            database.sql("SELECT count(*) FROM pg_locks WHERE relation = 'docs'::regclass AND granted").trim()
-                == "1"
-        }));
+        scope.spawn(|| database.try_sql("BEGIN; LOCK TABLE docs; SELECT pg_sleep(60)"));
+        let locked = || {
+            !database.sql("SELECT 1 FROM pg_locks WHERE relation = 'docs'::regclass AND granted").is_empty()
+        };
+        assert!(wait_until(SOON, locked));
         let running = Running::start(&mut database.ndjson(&["docs"]));
         database.until_backend_waits("relation");
         assert_stops(running, SIGNALS[0], &database);
+        database.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'");
     });
 }
 

@@ -34,7 +34,11 @@ impl Database {
     }
 
     pub(crate) fn sql(&self, script: &str) -> String {
-        server().psql(self.name, script).expect("good SQL")
+        self.try_sql(script).expect("good SQL")
+    }
+
+    pub(crate) fn try_sql(&self, script: &str) -> Result<String, backends::Error> {
+        server().psql(self.name, script)
     }
 
     /// The URL by the Unix socket, where the kernel buffers little.

