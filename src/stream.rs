@@ -70,6 +70,8 @@ pub struct JsonStream<T: FromJson, C = Connection> {
     recorder: Recorder,
     /// When the poll began that waits for a chunk.
     polled: Option<Nanos>,
+    /// It found the channel empty.
+    waited: bool,
     connection: Option<C>,
 }
 
@@ -93,6 +95,7 @@ impl<T: FromJson, C> JsonStream<T, C> {
             observer: parts.observer,
             recorder: parts.recorder,
             polled: None,
+            waited: false,
             connection: Some(connection),
         }
     }
@@ -171,7 +174,10 @@ impl<T: FromJson, C> JsonStream<T, C> {
         let taken = self.receiver.poll_take(cx, polled);
         match taken {
             Poll::Ready(_) => self.runtime.reset(),
-            Poll::Pending => self.runtime.watch(cx, &mut self.receiver),
+            Poll::Pending => {
+                self.waited = true;
+                self.runtime.watch(cx, &mut self.receiver);
+            }
         }
         taken
     }
@@ -203,11 +209,14 @@ impl<T: FromJson, C> JsonStream<T, C> {
 
     fn take_chunk(&mut self, chunk: Chunk, occupancy: Occupancy, now: Nanos) {
         let polled = self.polled.take().unwrap_or(now);
+        // What counts is what the poll found, not what it waited for.
+        let found = if std::mem::take(&mut self.waited) { Occupancy::default() } else { occupancy };
         let batch = Batch {
             rows: chunk.rows(),
             bytes: chunk.bytes(),
-            rows_before: occupancy.rows,
-            bytes_before: occupancy.bytes,
+            rows_before: found.rows,
+            bytes_before: found.bytes,
+            rows_after: occupancy.rows - chunk.rows(),
             polled,
         };
         self.recorder.taken(now, &batch);

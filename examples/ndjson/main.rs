@@ -14,7 +14,7 @@ mod sink;
 mod stats;
 
 use std::fmt;
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Write as _};
 use std::time::Duration;
 
 use clap::Parser as _;
@@ -43,7 +43,8 @@ fn main() {
 }
 
 fn complain(why: &dyn fmt::Display, code: i32) -> i32 {
-    eprintln!("ndjson: {why}");
+    // The code tells it, too, should standard error be gone.
+    let _ = writeln!(io::stderr(), "ndjson: {why}");
     code
 }
 

@@ -10,13 +10,14 @@ use crate::error::Error;
 use crate::stats::{Observer, Stats};
 use crate::time::Nanos;
 
-/// A poll batch that was taken.
+/// A poll batch that was taken. `rows_before` waited in the channel when the poll began.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Batch {
     pub(crate) rows: usize,
     pub(crate) bytes: usize,
     pub(crate) rows_before: usize,
     pub(crate) bytes_before: usize,
+    pub(crate) rows_after: usize,
     /// When the poll began that got it.
     pub(crate) polled: Nanos,
 }
@@ -90,7 +91,7 @@ impl Recorder {
                 bytes: batch.bytes,
                 wait: now.saturating_sub(batch.polled),
                 occupancy_before: batch.rows_before,
-                occupancy_after: batch.rows_before.saturating_sub(batch.rows),
+                occupancy_after: batch.rows_after,
             },
         );
     }
