@@ -31,7 +31,7 @@ fn rows_of_a_mebibyte_stay_within_sixty_megabytes() {
         let mut text = String::new();
         errors.read_to_string(&mut text).map(|_| text)
     });
-    let file = format!("/proc/{}/status", running.0.id());
+    let file = format!("/proc/{}/status", running.pid());
     let mut peak = 0;
     // It grows only, and is 0 once the process has ended.
     wait_until(Duration::from_secs(120), || {

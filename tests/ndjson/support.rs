@@ -4,6 +4,8 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::OnceLock;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use backends::{Postgres, wait_until};
@@ -13,6 +15,9 @@ use serde_json::Value;
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 /// How long the program may take to stop, and its query to be gone from the server.
 pub(crate) const AT_ONCE: Duration = Duration::from_secs(1);
+
+/// For a program that hangs.
+const TOO_LONG: Duration = Duration::from_secs(60);
 
 /// A database of the test's own.
 pub(crate) struct Database {
@@ -151,12 +156,24 @@ fn program() -> &'static PathBuf {
     })
 }
 
-/// The program while it runs; killed when the test fails.
-pub(crate) struct Running(pub(crate) Child);
+/// The program while it runs; killed when the test fails, or waits for it for too long.
+pub(crate) struct Running(Child, #[expect(dead_code, reason = "its drop tells")] Sender<()>);
 
 impl Running {
     pub(crate) fn start(command: &mut Command) -> Self {
-        Self(command.spawn().expect("it runs"))
+        let child = command.spawn().expect("it runs");
+        let (sender, ended) = channel();
+        let pid = child.id();
+        thread::spawn(move || {
+            if ended.recv_timeout(TOO_LONG) == Err(RecvTimeoutError::Timeout) {
+                kill("KILL", pid);
+            }
+        });
+        Self(child, sender)
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.0.id()
     }
 
     pub(crate) fn stdout(&mut self) -> BufReader<impl Read + use<>> {
@@ -189,6 +206,11 @@ impl Drop for Running {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+fn kill(signal: &str, pid: u32) -> bool {
+    let sent = Command::new("kill").args(["-s", signal, &pid.to_string()]).status();
+    sent.is_ok_and(|status| status.success())
 }
 
 /// The next line, without its end.

@@ -57,7 +57,7 @@ fn without_a_variable_of_opentelemetry_nothing_is_set_up() {
     let mut running = Running::start(command.stdout(Stdio::piped()));
     let mut lines = running.stdout();
     next_line(&mut lines);
-    let tasks = std::fs::read_dir(format!("/proc/{}/task", running.0.id())).unwrap();
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", running.pid())).unwrap();
     let mut threads: Vec<String> =
         tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).unwrap()).collect();
     threads.sort();

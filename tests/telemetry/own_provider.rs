@@ -11,7 +11,7 @@ use opentelemetry_sdk::metrics::{InMemoryMetricExporter, PeriodicReader, SdkMete
 use serde_json::json;
 
 use crate::scenario::{self, Result, Scenario};
-use crate::servers::{Database, database, table};
+use crate::servers::{Database, database, slow_view, table};
 
 const CONNECTIONS: u64 = 2_000;
 /// Of which the last is dropped before its end.
@@ -102,6 +102,49 @@ async fn instruments_work_on_a_provider_that_is_not_global() -> Result {
     assert_eq!(value(r#"fraiseql.stream.rows{"entity=orders", "outcome=yielded"}"#), Some(1_000.0));
     assert_eq!(value(r#"fraiseql.stream.active{"entity=orders"}"#), Some(0.0));
     assert_eq!(value(r#"fraiseql.stream.ended{"entity=orders", "outcome=complete"}"#), Some(1.0));
+    Ok(())
+}
+
+/// The share of poll batches that found at most so many rows in the channel.
+fn occupancy_up_to(provider: &Provider, rows: f64) -> Result<f64> {
+    provider.series()?;
+    let exports = provider.exporter.get_finished_metrics()?;
+    let mut metrics = exports.iter().flat_map(ResourceMetrics::scope_metrics).flat_map(ScopeMetrics::metrics);
+    let occupancy = metrics.find(|metric| metric.name() == "fraiseql_channel_occupancy_rows");
+    let Some(AggregatedMetrics::U64(MetricData::Histogram(histogram))) =
+        occupancy.map(|metric| metric.data())
+    else {
+        return Err("no histogram of the occupancy".into());
+    };
+    let point = histogram.data_points().next().ok_or("no point")?;
+    let buckets = point.bucket_counts().zip(point.bounds().chain([f64::INFINITY]));
+    let below: u64 = buckets.filter(|(_, bound)| *bound <= rows).map(|(count, _)| count).sum();
+    Ok(below as f64 / point.count() as f64)
+}
+
+#[tokio::test]
+async fn a_consumer_that_is_faster_than_its_source_finds_less_than_10_rows() -> Result {
+    let Database { url, .. } = database(&slow_view("orders", 400, 0.001));
+    let provider = Provider::new();
+    let instruments = Instruments::new(&provider.meters);
+    let mut db = Connection::builder(&url).instruments(&instruments).connect().await?;
+    read(&mut db, 400).await?;
+    assert!(occupancy_up_to(&provider, 10.0)? > 0.9);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_consumer_that_is_slower_than_its_source_finds_more_than_240_rows() -> Result {
+    let Database { url, .. } = database(&table("orders", 5_000));
+    let provider = Provider::new();
+    let instruments = Instruments::new(&provider.meters);
+    let mut db = Connection::builder(&url).instruments(&instruments).connect().await?;
+    let mut orders = db.query::<RawJson>("orders").limit(5_000).stream().await?;
+    while !orders.next_chunk().await.is_empty() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    drop(orders);
+    assert!(occupancy_up_to(&provider, 240.0)? < 0.4, "but for the first and the last ones");
     Ok(())
 }
 
