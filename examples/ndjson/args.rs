@@ -44,7 +44,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N")]
     offset: Option<u64>,
 
-    /// At most so many rows travel together [default: 64]
+    /// At most so many rows travel together [default: 128]
     #[arg(long, value_name = "ROWS")]
     chunk_size: Option<NonZeroUsize>,
 

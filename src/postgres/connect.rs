@@ -78,6 +78,12 @@ pub(crate) fn parse(connection: &str) -> Result<Config, Error> {
     if config.get_ssl_mode() == SslMode::Require {
         return Err(Error::config(no_tls("require")));
     }
+    // A password with an @ ends at the first one, and its rest would be shown as the host.
+    if config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if name.contains('@'))) {
+        return Err(Error::config(
+            "the host in the connection string has an @: write an @ in a password as %40",
+        ));
+    }
     if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
         return Err(Error::config(
             "the connection string names no host: add host=... or use postgres://user@host/database",
@@ -88,13 +94,13 @@ pub(crate) fn parse(connection: &str) -> Result<Config, Error> {
 
 fn misread(connection: &str, error: &tokio_postgres::Error) -> String {
     let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
-    let strict = ["allow", "verify-ca", "verify-full"];
+    let strict = ["verify-ca", "verify-full"];
     let asked = |mode: &&&str| connection.contains(&format!("sslmode={mode}"));
     match strict.iter().find(asked) {
         Some(mode) if cause.contains("sslmode") => no_tls(mode),
         // The name could be the rest of a password with a space in it.
         _ if cause.contains("unknown option") => "the connection string has an option that is not known (not shown: it may be part of an unquoted password); see the list of libpq, without TLS files".to_owned(),
-        _ => format!("the connection string does not parse: {cause}"),
+        _ => format!("the connection string does not parse as postgres://user:password@host/database or as key=value pairs: {cause}"),
     }
 }
 
@@ -240,6 +246,8 @@ mod tests {
             "host=h user=u password=se cret",
             "host=h user=u password=secret port=x",
             "postgres://u:secret@h:port/d",
+            "postgres://u:p4@secret@127.0.0.1:1/d",
+            "mysql://u:secret@h/d",
             "postgres://u:secret@h/d?nonsense=secret",
             "u:secret@h",
         ] {

@@ -157,13 +157,22 @@ impl Recorder {
         if let Some(error) = error {
             span.record("error.type", error.type_name());
             span.record("otel.status_code", "error");
-            span.record("otel.status_description", error.to_string());
+            span.record("otel.status_description", description(error, stats));
             if let Some(code) = error.sqlstate() {
                 span.record("db.response.status_code", code.code());
             }
         }
         // The exporting layer takes the last exit of a span as its end: here, before any clean-up.
         span.in_scope(|| ());
+    }
+}
+
+/// What went wrong, without the server's words where they quote values of the query or of rows: in data
+/// exceptions (class 22) and violated constraints (class 23).
+fn description(error: &Error, stats: &Stats) -> String {
+    match error.type_name() {
+        code if code.starts_with("22") || code.starts_with("23") => format!("{code} {}", stats.epitaph()),
+        _ => error.to_string(),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::process::Stdio;
 
-use crate::support::{Database, Running, complaint, ndjson, next_line, server, stats, text};
+use crate::support::{Database, Running, SOON, complaint, ndjson, next_line, server, stats, text};
 
 #[test]
 fn an_unknown_relation_is_named() {
@@ -85,7 +85,7 @@ fn a_lost_backend_is_an_error() {
     database.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'fraiseql-stream' AND datname = current_database()");
     let line = next_line(&mut running.stderr());
     assert!(line.contains("57P01"), "{line}");
-    assert_eq!(running.end(crate::support::SOON).code(), Some(1));
+    assert_eq!(running.end(SOON).code(), Some(1));
 }
 
 #[test]
@@ -96,6 +96,11 @@ fn a_full_disk_is_told_at_once() {
         UNION ALL SELECT to_jsonb(1) FROM pg_sleep(600)",
     );
     let full = File::options().write(true).open("/dev/full").unwrap();
-    let line = complaint(&database.ndjson(&["docs"]).stdout(full).output().unwrap());
-    assert_eq!(line, "ndjson: cannot write to standard output: No space left on device (os error 28)");
+    let mut command = database.ndjson(&["docs"]);
+    let mut running = Running::start(command.stdout(full).stderr(Stdio::piped()));
+    assert_eq!(
+        next_line(&mut running.stderr()),
+        "ndjson: cannot write to standard output: No space left on device (os error 28)"
+    );
+    assert_eq!(running.end(SOON).code(), Some(1));
 }

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 use backends::Postgres;
 use fraiseql_stream::{Connection, Instruments, RawJson};
 use futures_util::StreamExt;
-use opentelemetry_sdk::metrics::data::{AggregatedMetrics, MetricData, ResourceMetrics, ScopeMetrics};
+use opentelemetry_sdk::metrics::data::{
+    AggregatedMetrics, Metric, MetricData, ResourceMetrics, ScopeMetrics,
+};
 use opentelemetry_sdk::metrics::{InMemoryMetricExporter, PeriodicReader, SdkMeterProvider};
 use serde_json::json;
 
@@ -111,9 +113,7 @@ fn occupancy_up_to(provider: &Provider, rows: f64) -> Result<f64> {
     let exports = provider.exporter.get_finished_metrics()?;
     let mut metrics = exports.iter().flat_map(ResourceMetrics::scope_metrics).flat_map(ScopeMetrics::metrics);
     let occupancy = metrics.find(|metric| metric.name() == "fraiseql_channel_occupancy_rows");
-    let Some(AggregatedMetrics::U64(MetricData::Histogram(histogram))) =
-        occupancy.map(|metric| metric.data())
-    else {
+    let Some(AggregatedMetrics::U64(MetricData::Histogram(histogram))) = occupancy.map(Metric::data) else {
         return Err("no histogram of the occupancy".into());
     };
     let point = histogram.data_points().next().ok_or("no point")?;

@@ -264,10 +264,11 @@ fn the_first_row_is_an_event() {
     assert!(query("silent").events.is_empty() && query("nowhere").events.is_empty());
 }
 
+// Words of the server that may quote a value stay out: those of class 22 do.
 #[test]
 fn a_failed_query_says_why() {
     for (entity, code, message) in
-        [("broken", "22012", "division by zero"), ("nowhere", "42P01", "does not exist")]
+        [("broken", "22012", "22012 after 50 rows in "), ("nowhere", "42P01", "does not exist")]
     {
         let span = query(entity);
         assert_eq!(span.status_code, "error", "{entity}");
