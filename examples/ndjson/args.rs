@@ -12,7 +12,7 @@ const NOTES: &str = "\
 Environment:
   DATABASE_URL  where Postgres is: postgres://user:password@host/database, or host=... user=...
   OTEL_*        the standard variables of OpenTelemetry; with any of them set, metrics, traces and logs are
-                sent by OTLP, without one nothing is
+                sent by OTLP, without one nothing is; OTEL_*_EXPORTER=console writes among the rows
 
 Exit status: 0 when all rows are written, or the reader of the output has gone; 1 after an error;
 2 for wrong arguments; 130 after Ctrl-C and 143 after SIGTERM, which cancel the query on the server.";
