@@ -166,7 +166,7 @@ pub(crate) struct Sampler {
 
 impl Sampler {
     /// A row out of so many bytes is measured.
-    const EVERY: usize = 16 * 1024;
+    const EVERY: usize = 4096;
     /// Where rows are further apart than this, reading the clock for each is nothing.
     const SLOW: Nanos = 10_000;
 
