@@ -62,6 +62,7 @@ mod gauge;
 #[cfg(feature = "otlp")]
 pub mod otlp;
 mod postgres;
+mod probe;
 mod producer;
 mod query;
 mod source;

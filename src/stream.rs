@@ -4,16 +4,15 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
 use futures_core::Stream;
-use tokio::time::{Instant, Sleep};
 
 use crate::channel::{Occupancy, Receiver, Taken};
 use crate::chunk::Chunk;
 use crate::connection::Connection;
 use crate::decode::{FromJson, InHand, Sampler};
 use crate::error::{Error, Result};
+use crate::probe::RuntimeProbe;
 use crate::stats::{Observer, Progress, Stats};
 use crate::telemetry::{Batch, Recorder};
 use crate::time::Nanos;
@@ -172,23 +171,22 @@ impl<T: FromJson, C> JsonStream<T, C> {
     fn poll_take(&mut self, cx: &mut Context<'_>) -> Poll<Taken> {
         let polled = self.polling();
         let taken = self.receiver.poll_take(cx, polled);
-        match taken {
-            Poll::Ready(_) => self.runtime.reset(),
-            Poll::Pending => {
-                self.waited = true;
-                self.runtime.watch(cx, &mut self.receiver);
-            }
+        if taken.is_pending() {
+            self.waited = true;
+            self.runtime.watch(cx, &mut self.receiver);
         }
         taken
     }
 
     /// A poll begins that the chunk in hand cannot serve, unless one goes on already.
     fn polling(&mut self) -> Nanos {
-        *self.polled.get_or_insert_with(|| {
-            let now = self.observer.gauge.ledger.now();
-            self.recorder.polled(now);
-            now
-        })
+        if let Some(polled) = self.polled {
+            return polled;
+        }
+        let now = self.observer.gauge.ledger.now();
+        self.recorder.polled(now);
+        self.polled = Some(now);
+        now
     }
 
     /// Makes what was taken the chunk in hand; an error ends the stream.
@@ -210,7 +208,11 @@ impl<T: FromJson, C> JsonStream<T, C> {
     fn take_chunk(&mut self, chunk: Chunk, occupancy: Occupancy, now: Nanos) {
         let polled = self.polled.take().unwrap_or(now);
         // What counts is what the poll found, not what it waited for.
-        let found = if std::mem::take(&mut self.waited) { Occupancy::default() } else { occupancy };
+        let mut found = occupancy;
+        if std::mem::take(&mut self.waited) {
+            self.runtime.rows_came(polled, now);
+            found = Occupancy::default();
+        }
         let batch = Batch {
             rows: chunk.rows(),
             bytes: chunk.bytes(),
@@ -326,40 +328,5 @@ impl<T: FromJson, C: Unpin> Unpin for JsonStream<T, C> {}
 impl<T: FromJson, C> fmt::Debug for JsonStream<T, C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("JsonStream").field("stats", &self.stats()).finish_non_exhaustive()
-    }
-}
-
-/// A timer that runs beside each wait for rows. A runtime that cannot even fire it in time is starved, and
-/// the wait is not the source's doing.
-struct RuntimeProbe {
-    // Made within the runtime, so that the stream may be polled from anywhere.
-    timer: Pin<Box<Sleep>>,
-    period: Duration,
-    armed: bool,
-}
-
-impl RuntimeProbe {
-    const FIRST: Duration = Duration::from_millis(2);
-    const LAST: Duration = Duration::from_secs(1);
-
-    fn new() -> Self {
-        Self { timer: Box::pin(tokio::time::sleep(Self::FIRST)), period: Self::FIRST, armed: false }
-    }
-
-    /// Rows came. A timer that still runs is left to the next wait: setting one costs more.
-    fn reset(&mut self) {
-        self.period = Self::FIRST;
-    }
-
-    fn watch(&mut self, cx: &mut Context<'_>, receiver: &mut Receiver) {
-        while self.timer.as_mut().poll(cx).is_ready() {
-            self.timer.as_mut().reset(Instant::now() + self.period);
-            self.period = (self.period * 2).min(Self::LAST);
-            self.armed = false;
-        }
-        if !self.armed {
-            self.armed = true;
-            receiver.expect_timer(self.timer.deadline().saturating_duration_since(Instant::now()));
-        }
     }
 }
