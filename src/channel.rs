@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use crate::chunk::Chunk;
+use crate::chunk::{Chunk, Filling};
 use crate::config::Limits;
 use crate::error::Error;
 use crate::gauge::Gauge;
@@ -19,7 +19,7 @@ use crate::time::{Clock, Consumer, Nanos, Producer};
 pub(crate) fn bounded(limits: Limits, clock: Clock) -> (Sender, Receiver) {
     let gauge = Arc::new(Gauge::new(limits.rows, limits.bytes, clock));
     let shared = Arc::new(Shared { limits, gauge, state: Mutex::default() });
-    (Sender(Arc::clone(&shared)), Receiver(shared))
+    (Sender(Arc::clone(&shared)), Receiver { shared, emptied: Filling::default() })
 }
 
 #[derive(Debug)]
@@ -32,6 +32,8 @@ struct Shared {
 #[derive(Debug, Default)]
 struct State {
     chunks: VecDeque<Chunk>,
+    /// Memory on its way back, so that the two sides do not allocate and free each other's.
+    emptied: Filling,
     rows: usize,
     bytes: usize,
     /// The last thing in the channel: how the source ended.
@@ -68,7 +70,7 @@ impl Shared {
     }
 
     /// What is next, and the producer if that makes room for it.
-    fn take(&self, state: &mut State) -> Option<(Taken, Option<Waker>)> {
+    fn take(&self, state: &mut State, emptied: &mut Filling) -> Option<(Taken, Option<Waker>)> {
         let gauge = &self.gauge;
         let ledger = &gauge.ledger;
         let Some(chunk) = state.chunks.pop_front() else {
@@ -85,6 +87,7 @@ impl Shared {
         state.rows -= chunk.rows();
         state.bytes -= chunk.bytes();
         gauge.hold(state.rows, state.bytes);
+        state.emptied = std::mem::take(emptied);
         let next = busy(state);
         let at = ledger.now();
         if !ledger.consumer_is(next) {
@@ -155,22 +158,24 @@ impl Sender {
         Poll::Pending
     }
 
-    /// Sends a chunk that fits the room seen before.
-    pub(crate) fn send(&mut self, chunk: Chunk) {
+    /// Sends a chunk that fits the room seen before; gives memory for the next one.
+    pub(crate) fn send(&mut self, chunk: Chunk) -> Filling {
         let (rows, bytes) = (chunk.rows(), chunk.bytes());
         let gauge = &self.0.gauge;
         let mut state = self.0.lock();
         if state.receiver_gone {
-            return;
+            return Filling::default();
         }
         state.rows += rows;
         state.bytes += bytes;
         state.chunks.push_back(chunk);
         gauge.hold(state.rows, state.bytes);
         gauge.received(bytes);
+        let emptied = std::mem::take(&mut state.emptied);
         let consumer = self.0.arrived(&mut state);
         drop(state);
         wake(consumer);
+        emptied
     }
 
     /// Puts the end mark behind the last row. The producer's life ends with it.
@@ -229,18 +234,27 @@ pub(crate) struct Occupancy {
 
 /// The consumer's end. Dropping it tells the producer to stop.
 #[derive(Debug)]
-pub(crate) struct Receiver(Arc<Shared>);
+pub(crate) struct Receiver {
+    shared: Arc<Shared>,
+    /// Goes back with the next take.
+    emptied: Filling,
+}
 
 impl Receiver {
     pub(crate) fn gauge(&self) -> &Arc<Gauge> {
-        &self.0.gauge
+        &self.shared.gauge
+    }
+
+    /// Gives back the memory of a chunk.
+    pub(crate) fn give_back(&mut self, emptied: Filling) {
+        self.emptied = emptied;
     }
 
     /// Takes what is next, or waits for it; the poll began at `polled`. Once the end was taken, it must not be called again.
     pub(crate) fn poll_take(&mut self, cx: &Context<'_>, polled: Nanos) -> Poll<Taken> {
-        let mut state = self.0.lock();
-        let Some((taken, producer)) = self.0.take(&mut state) else {
-            let ledger = &self.0.gauge.ledger;
+        let mut state = self.shared.lock();
+        let Some((taken, producer)) = self.shared.take(&mut state, &mut self.emptied) else {
+            let ledger = &self.shared.gauge.ledger;
             if !ledger.consumer_is(Consumer::SourceWait) {
                 ledger.consumer(Consumer::SourceWait, polled);
             }
@@ -254,8 +268,8 @@ impl Receiver {
 
     /// Takes what is there. Looking is not waiting: an empty channel changes no state.
     pub(crate) fn try_take(&mut self) -> Option<Taken> {
-        let mut state = self.0.lock();
-        let (taken, producer) = self.0.take(&mut state)?;
+        let mut state = self.shared.lock();
+        let (taken, producer) = self.shared.take(&mut state, &mut self.emptied)?;
         drop(state);
         wake(producer);
         Some(taken)
@@ -263,8 +277,8 @@ impl Receiver {
 
     /// While this side waits, a timer of its own is due in `left`; see `Ledger::expect_timer`.
     pub(crate) fn expect_timer(&mut self, left: Duration) {
-        let state = self.0.lock();
-        let ledger = &self.0.gauge.ledger;
+        let state = self.shared.lock();
+        let ledger = &self.shared.gauge.ledger;
         let left = u64::try_from(left.as_nanos()).unwrap_or(u64::MAX);
         ledger.expect_timer(ledger.now().saturating_add(left));
         drop(state);
@@ -272,15 +286,15 @@ impl Receiver {
 
     /// The time from here to the next take or `resume` is the caller's wish, nobody's slowness.
     pub(crate) fn pause(&mut self) {
-        let state = self.0.lock();
-        let ledger = &self.0.gauge.ledger;
+        let state = self.shared.lock();
+        let ledger = &self.shared.gauge.ledger;
         ledger.consumer(Consumer::Paused, ledger.now());
         drop(state);
     }
 
     pub(crate) fn resume(&mut self) {
-        let state = self.0.lock();
-        let ledger = &self.0.gauge.ledger;
+        let state = self.shared.lock();
+        let ledger = &self.shared.gauge.ledger;
         if ledger.consumer_is(Consumer::Paused) {
             ledger.consumer(busy(&state), ledger.now());
         }
@@ -288,14 +302,14 @@ impl Receiver {
 
     /// Tells the producer that nothing more is wanted, and drops what waits. Both lives end here.
     pub(crate) fn close(&mut self) {
-        let Gauge { ledger, .. } = &*self.0.gauge;
-        let mut state = self.0.lock();
+        let Gauge { ledger, .. } = &*self.shared.gauge;
+        let mut state = self.shared.lock();
         state.receiver_gone = true;
         ledger.end_consumer(ledger.now());
         ledger.end_producer(ledger.now());
         let rows = std::mem::take(&mut state.chunks);
         (state.rows, state.bytes) = (0, 0);
-        self.0.gauge.hold(state.rows, state.bytes);
+        self.shared.gauge.hold(state.rows, state.bytes);
         let producer = state.producer.take();
         drop(state);
         drop(rows);

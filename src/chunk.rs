@@ -12,12 +12,18 @@ pub(crate) struct Filling {
 }
 
 impl Filling {
-    /// Begins a chunk that will probably be like the one before it.
-    pub(crate) fn like(previous: &Chunk) -> Self {
-        Self {
-            data: Vec::with_capacity(previous.bytes().min(LARGE)),
-            ends: Vec::with_capacity(previous.rows()),
-        }
+    /// Uses the memory of a chunk that is done with once more; what is too large to be kept is freed.
+    pub(crate) fn again(data: Vec<u8>, ends: Vec<usize>) -> Self {
+        let mut emptied = Self { data: if data.capacity() > LARGE { Vec::new() } else { data }, ends };
+        emptied.data.clear();
+        emptied.ends.clear();
+        emptied
+    }
+
+    /// Makes room for a chunk that will probably be like one of so many rows and bytes.
+    pub(crate) fn expect(&mut self, rows: usize, bytes: usize) {
+        self.data.reserve(bytes.min(LARGE));
+        self.ends.reserve(rows);
     }
 
     pub(crate) fn push(&mut self, payload: &[u8]) {

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 
-use crate::chunk::Chunk;
+use crate::chunk::{Chunk, Filling};
 use crate::error::Error;
 use crate::stats::Observer;
 use crate::time::Nanos;
@@ -60,6 +60,9 @@ mod sealed {
 
         fn data(chunk: Vec<u8>) -> Self::Data;
 
+        /// Gives back the memory of data that is done with, if nobody holds a row of it.
+        fn memory(data: Self::Data) -> Option<Vec<u8>>;
+
         fn from_json(data: &Self::Data, row: Range<usize>, number: u64) -> Result<Self, Error>;
     }
 
@@ -69,6 +72,13 @@ mod sealed {
         fn data(chunk: Vec<u8>) -> Text {
             // Checked once as a whole: that costs a sixth less than serde_json's check string by string.
             String::from_utf8(chunk).map_or_else(|error| Text::Mixed(error.into_bytes()), Text::Whole)
+        }
+
+        fn memory(data: Text) -> Option<Vec<u8>> {
+            Some(match data {
+                Text::Whole(text) => text.into_bytes(),
+                Text::Mixed(bytes) => bytes,
+            })
         }
 
         fn from_json(data: &Text, row: Range<usize>, number: u64) -> Result<Self, Error> {
@@ -82,6 +92,10 @@ mod sealed {
 
         fn data(chunk: Vec<u8>) -> Bytes {
             Bytes::from(chunk)
+        }
+
+        fn memory(data: Bytes) -> Option<Vec<u8>> {
+            data.is_unique().then(|| data.into())
         }
 
         fn from_json(data: &Bytes, row: Range<usize>, _: u64) -> Result<Self, Error> {
@@ -121,7 +135,9 @@ impl Text {
 /// The chunk in the consumer's hands, row by row.
 pub(crate) struct InHand<T: FromJson> {
     data: T::Data,
-    ends: std::vec::IntoIter<usize>,
+    ends: Vec<usize>,
+    /// The rows that were given out, and where the last of them ends.
+    given: usize,
     start: usize,
     /// Rows of the stream up to here.
     rows: u64,
@@ -129,19 +145,28 @@ pub(crate) struct InHand<T: FromJson> {
 
 impl<T: FromJson> Default for InHand<T> {
     fn default() -> Self {
-        Self { data: T::Data::default(), ends: Vec::new().into_iter(), start: 0, rows: 0 }
+        Self { data: T::Data::default(), ends: Vec::new(), given: 0, start: 0, rows: 0 }
     }
 }
 
 impl<T: FromJson> InHand<T> {
     /// Takes up the chunk that follows.
     pub(crate) fn take(&mut self, chunk: Chunk) {
-        (self.data, self.ends, self.start) = (T::data(chunk.data), chunk.ends.into_iter(), 0);
+        (self.data, self.ends) = (T::data(chunk.data), chunk.ends);
+        (self.given, self.start) = (0, 0);
+    }
+
+    /// Lets go of a chunk whose rows are all given out; its memory can be used again.
+    pub(crate) fn put_down(&mut self) -> Filling {
+        self.given = 0;
+        let data = T::memory(std::mem::take(&mut self.data));
+        Filling::again(data.unwrap_or_default(), std::mem::take(&mut self.ends))
     }
 
     /// Where the next row lies.
     fn next(&mut self) -> Option<Range<usize>> {
-        let end = self.ends.next()?;
+        let end = *self.ends.get(self.given)?;
+        self.given += 1;
         self.rows += 1;
         Some(std::mem::replace(&mut self.start, end)..end)
     }

@@ -24,7 +24,9 @@ pub(crate) async fn run(sender: &mut Sender, source: &mut impl Source) -> Result
         });
         let cut = cut.await?;
         if let Some(chunk) = cutter.take() {
-            sender.send(chunk);
+            let (rows, bytes) = (chunk.rows(), chunk.bytes());
+            cutter.filling = sender.send(chunk);
+            cutter.filling.expect(rows, bytes);
         }
         match cut {
             Ok(false) => {}
@@ -83,9 +85,7 @@ impl Cutter {
         if self.filling.rows() == 0 {
             return None;
         }
-        let chunk = std::mem::take(&mut self.filling).finish();
-        self.filling = Filling::like(&chunk);
-        Some(chunk)
+        Some(std::mem::take(&mut self.filling).finish())
     }
 }
 
