@@ -184,8 +184,10 @@ pub(crate) struct Sampler {
     bytes: usize,
     /// The next row is measured.
     due: bool,
-    /// When a sample was last taken.
+    /// Since when the chunk has been in hand, or since the last sample.
     at: Nanos,
+    /// How long rows were in hand between the last sample and `at`.
+    held: Nanos,
     rows: u64,
 }
 
@@ -195,10 +197,15 @@ impl Sampler {
     /// Where rows are further apart than this, reading the clock for each is nothing.
     const SLOW: Nanos = 10_000;
 
-    /// A chunk begins.
+    /// A chunk comes to hand.
     pub(crate) fn begin(&mut self, now: Nanos) {
         self.at = now;
         self.rows = 0;
+    }
+
+    /// It is done with: what comes is waiting.
+    pub(crate) fn end(&mut self, now: Nanos) {
+        self.held += now.saturating_sub(self.at);
     }
 
     /// Decodes the next row of the chunk in hand.
@@ -227,20 +234,30 @@ impl Sampler {
         let start = ledger.now();
         let value = chunk.decode(row);
         let end = ledger.now();
-        // The sample stands for all bytes since the one before.
+        // The sample stands for all bytes since the one before, and for no more than the time since then: where
+        // the thread lost its core just here, it does not.
         let spent = u128::from(end - start) * self.bytes as u128 / size as u128;
-        ledger.decoded(u64::try_from(spent).unwrap_or(u64::MAX));
+        let in_hand = end.saturating_sub(self.at);
+        ledger.decoded(u64::try_from(spent).unwrap_or(u64::MAX).min(self.held + in_hand));
         stream.progress.last_row.store(end, Ordering::Relaxed);
-        self.due = end.saturating_sub(self.at) / self.rows > Self::SLOW;
-        (self.bytes, self.at, self.rows) = (0, end, 0);
+        self.due = in_hand / self.rows > Self::SLOW;
+        (self.bytes, self.at, self.held, self.rows) = (0, end, 0, 0);
         value
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicU64;
+
+    use serde::{Deserialize, Deserializer};
+
     use super::*;
     use crate::chunk;
+    use crate::gauge::Gauge;
+    use crate::time::manual;
 
     fn decode<T: FromJson>(rows: &[&[u8]]) -> Vec<Result<T, Error>> {
         let mut in_hand = InHand::<T>::default();
@@ -264,5 +281,36 @@ mod tests {
         // Two halves of one character.
         let halves = decode::<String>(&[b"\"\xc3", b"\xa4\""]);
         assert!(halves.iter().all(Result::is_err));
+    }
+
+    thread_local! {
+        static HAND: RefCell<Arc<AtomicU64>> = RefCell::default();
+    }
+
+    /// A number that takes as many nanoseconds to decode.
+    struct Slow;
+
+    impl<'de> Deserialize<'de> for Slow {
+        fn deserialize<D: Deserializer<'de>>(number: D) -> Result<Self, D::Error> {
+            let nanos = u64::deserialize(number)?;
+            HAND.with_borrow(|hand| hand.fetch_add(nanos, Ordering::Relaxed));
+            Ok(Self)
+        }
+    }
+
+    #[test]
+    fn a_sample_stands_for_no_more_time_than_has_passed() {
+        let (clock, hand) = manual();
+        HAND.set(hand);
+        let gauge = Arc::new(Gauge::new(256, 1 << 20, clock));
+        let stream = Observer { entity: "t".into(), gauge, progress: Arc::default() };
+        let (mut sampler, mut in_hand) = (Sampler::default(), InHand::<Slow>::default());
+        let long = format!("{:>1$}", 3_000, Sampler::EVERY - 5);
+        // The thread loses its core in the midst of the row that is measured.
+        in_hand.take(chunk::of(&[long.as_bytes(), b"50000"]));
+        while let Some(row) = sampler.decode(&stream, &mut in_hand) {
+            row.unwrap();
+        }
+        assert_eq!(stream.gauge.ledger.read_decode(), 53_000);
     }
 }

@@ -15,6 +15,8 @@ const MOST_ENTITIES: usize = 1_000;
 const OTHER: &str = "_OTHER";
 
 pub(super) const STATES: [&str; 5] = ["source_wait", "scheduled", "decode", "consumer", "paused"];
+const DECODE: usize = 2;
+const CONSUMER: usize = 3;
 pub(super) const OUTCOMES: [&str; 3] = ["yielded", "filtered", "failed"];
 
 #[derive(Debug, Default)]
@@ -35,8 +37,7 @@ struct Streams {
     live: Vec<Tracked>,
     /// Of the streams that have ended.
     ended: Totals,
-    /// The largest times told so far: decoding is sampled, and a counter must not go back when a sample
-    /// moves a moment from `consumer` to `decode`.
+    /// What was told last.
     told: [Nanos; 5],
 }
 
@@ -155,10 +156,8 @@ impl Entity {
         for tracked in &streams.live {
             sum.add(&Totals::of(&tracked.stream));
         }
-        for (told, now) in streams.told.iter_mut().zip(&mut sum.time) {
-            *told = (*told).max(*now);
-            *now = *told;
-        }
+        sum.time = onwards(&streams.told, sum.time);
+        streams.told = sum.time;
         sum
     }
 
@@ -175,6 +174,16 @@ impl Entity {
         }
         levels
     }
+}
+
+/// The times of `STATES` now, none of them below what was told before: decoding is sampled, and a sample moves
+/// moments from `consumer` to `decode`. Their sum, the time in which rows were held, is exact all the same.
+fn onwards(told: &[Nanos; 5], now: [Nanos; 5]) -> [Nanos; 5] {
+    let mut times: [Nanos; 5] = std::array::from_fn(|state| now[state].max(told[state]));
+    let held = (now[DECODE] + now[CONSUMER]).max(told[DECODE] + told[CONSUMER]);
+    times[DECODE] = now[DECODE].clamp(told[DECODE], held - told[CONSUMER]);
+    times[CONSUMER] = held - times[DECODE];
+    times
 }
 
 impl Tracked {
@@ -215,4 +224,16 @@ impl Drop for Live {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_late_sample_of_decoding_takes_nothing_back_and_changes_no_sum() {
+        // By the last look all was the consumer's; now a sample says that 30 of it were decoding.
+        assert_eq!(onwards(&[5, 0, 10, 50, 0], [6, 1, 40, 25, 2]), [6, 1, 15, 50, 2]);
+        assert_eq!(onwards(&[5, 0, 10, 50, 0], [6, 1, 40, 55, 2]), [6, 1, 40, 55, 2]);
+    }
 }

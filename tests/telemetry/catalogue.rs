@@ -268,10 +268,13 @@ fn times_add_up_to_the_streams_life() {
             let states = STATES.map(|state| seconds("fraiseql.stream.time", state));
             assert!(about(states.iter().sum(), elapsed), "{entity}: {states:?} of {elapsed}");
             let own = STATES.map(|state| run.told[entity]["time"][state].as_f64().unwrap());
+            for (state, (spent, own)) in STATES.iter().zip(states.into_iter().zip(own)) {
+                assert!((spent - own).abs() < 0.01 * elapsed, "{state} of {entity}: {spent}, {own}");
+            }
             // What decoding has of the time in which rows were held is sampled; the whole of it is exact.
             let held = |times: [f64; 5]| [times[0], times[1], times[2] + times[3], times[4]];
             for (spent, own) in held(states).into_iter().zip(held(own)) {
-                assert!(about(spent, own), "{entity}: {states:?}, {own}");
+                assert!((spent - own).abs() < 1e-6, "{entity}: {states:?}, {own}");
             }
             for state in ["source", "room"] {
                 let spent = seconds("fraiseql.producer.time", state);
