@@ -6,11 +6,11 @@ mod registry;
 mod spans;
 
 pub use instruments::Instruments;
-pub(crate) use recorder::{Batch, Recorder, heartbeat};
+pub(crate) use recorder::{Recorder, heartbeat};
 pub use spans::PollSpans;
 #[cfg(feature = "otlp")]
 pub(crate) use spans::spans_to_close;
-pub(crate) use spans::{Query, QuerySpan};
+pub(crate) use spans::{Batch, Query, QuerySpan};
 
 /// The name of the crate's meter and the target of its spans and log records.
 pub(crate) const SCOPE: &str = "fraiseql_stream";

@@ -4,23 +4,11 @@ use opentelemetry::KeyValue;
 use tracing::{debug, info};
 
 use super::registry::Live;
-use super::spans::{BatchSpans, Query, QuerySpan, Sums, int, seconds};
+use super::spans::{Batch, BatchSpans, Query, QuerySpan, int, seconds};
 use super::{FIRST_ROW, Instruments, PollSpans, SCOPE};
 use crate::error::Error;
 use crate::stats::{Observer, Stats};
 use crate::time::Nanos;
-
-/// A poll batch that was taken. `rows_before` waited in the channel when the poll began.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Batch {
-    pub(crate) rows: usize,
-    pub(crate) bytes: usize,
-    pub(crate) rows_before: usize,
-    pub(crate) bytes_before: usize,
-    pub(crate) rows_after: usize,
-    /// When the poll began that got it.
-    pub(crate) polled: Nanos,
-}
 
 #[derive(Debug)]
 pub(crate) struct Recorder {
@@ -83,17 +71,7 @@ impl Recorder {
             instruments.time_to_first_row.record(seconds(now), entity);
             self.span.get().in_scope(|| debug!(target: FIRST_ROW, "first row"));
         }
-        self.batches.taken(
-            now,
-            &Sums {
-                batches: 1,
-                rows: batch.rows,
-                bytes: batch.bytes,
-                wait: now.saturating_sub(batch.polled),
-                occupancy_before: batch.rows_before,
-                occupancy_after: batch.rows_after,
-            },
-        );
+        self.batches.taken(now, batch);
     }
 
     /// The stream is over; only the first call counts. `None`: it was dropped before its end.

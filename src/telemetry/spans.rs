@@ -155,15 +155,42 @@ fn query_span(query: &Query<'_>) -> Span {
     )
 }
 
-/// What a poll batch adds to the span that covers it.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Sums {
-    pub(super) batches: u64,
-    pub(super) rows: usize,
-    pub(super) bytes: usize,
-    pub(super) wait: Nanos,
-    pub(super) occupancy_before: usize,
-    pub(super) occupancy_after: usize,
+/// A poll batch that was taken. `rows_before` waited in the channel when the poll began.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Batch {
+    pub(crate) rows: usize,
+    pub(crate) bytes: usize,
+    pub(crate) rows_before: usize,
+    pub(crate) bytes_before: usize,
+    pub(crate) rows_after: usize,
+    /// When the poll began that got it.
+    pub(crate) polled: Nanos,
+}
+
+/// What the poll batches of one span add up to.
+#[derive(Debug, Default)]
+struct Sums {
+    batches: u64,
+    rows: usize,
+    bytes: usize,
+    wait: Nanos,
+    /// Of the first.
+    rows_before: usize,
+    /// Of the last.
+    rows_after: usize,
+}
+
+impl Sums {
+    fn add(&mut self, now: Nanos, batch: &Batch) {
+        if self.batches == 0 {
+            self.rows_before = batch.rows_before;
+        }
+        self.batches += 1;
+        self.rows += batch.rows;
+        self.bytes += batch.bytes;
+        self.wait += now.saturating_sub(batch.polled);
+        self.rows_after = batch.rows_after;
+    }
 }
 
 /// Opens and closes the spans of one stream's poll batches.
@@ -247,17 +274,9 @@ impl BatchSpans {
     }
 
     /// The rows are in hand: here the span ends for now, whatever the consumer does next.
-    pub(super) fn taken(&mut self, now: Nanos, batch: &Sums) {
+    pub(super) fn taken(&mut self, now: Nanos, batch: &Batch) {
         let Some(open) = &mut self.open else { return };
-        let first = open.sums.batches == 0;
-        open.sums = Sums {
-            batches: open.sums.batches + 1,
-            rows: open.sums.rows + batch.rows,
-            bytes: open.sums.bytes + batch.bytes,
-            wait: open.sums.wait + batch.wait,
-            occupancy_before: if first { batch.occupancy_before } else { open.sums.occupancy_before },
-            occupancy_after: batch.occupancy_after,
-        };
+        open.sums.add(now, batch);
         open.group_rows += batch.rows;
         let long = now.saturating_sub(open.group_since) >= GROUP_TIME;
         open.taken = now;
@@ -280,8 +299,8 @@ impl BatchSpans {
         span.record("fraiseql.batches", int(sums.batches));
         span.record("fraiseql.rows", int(sums.rows as u64));
         span.record("fraiseql.bytes", int(sums.bytes as u64));
-        span.record("fraiseql.occupancy.before", int(sums.occupancy_before as u64));
-        span.record("fraiseql.occupancy.after", int(sums.occupancy_after as u64));
+        span.record("fraiseql.occupancy.before", int(sums.rows_before as u64));
+        span.record("fraiseql.occupancy.after", int(sums.rows_after as u64));
         span.record("fraiseql.time.wait", seconds(sums.wait));
         span.record("fraiseql.time.decode", seconds(decoded.saturating_sub(before)));
         self.made += 1;
