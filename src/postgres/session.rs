@@ -1,5 +1,6 @@
 //! A connection that is handed out to one query at a time, and is clean whenever it is handed out.
 
+use std::io;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -124,13 +125,10 @@ impl Lease {
         sql: &str,
         gone: impl Future<Output = ()>,
     ) -> Result<Result<Statement, Error>, Cancelled> {
-        match self.until_gone(self.session.client.prepare(sql), gone).await {
-            Ok(prepared) => Ok(match prepared {
-                Ok(statement) => check_column(&statement).map(|()| statement),
-                Err(error) => Err(self.explain(Error::query(error)).await),
-            }),
-            Err(_) => Err(Cancelled),
-        }
+        Ok(match self.until_gone(self.session.client.prepare(sql), gone, async |_| ()).await? {
+            Ok(statement) => check_column(&statement).map(|()| statement),
+            Err(error) => Err(self.explain(Error::query(error)).await),
+        })
     }
 
     /// Starts a query. Postgres answers with its first rows, so a query that is silent is still in here.
@@ -140,15 +138,16 @@ impl Lease {
         values: Vec<Value>,
         gone: impl Future<Output = ()>,
     ) -> Result<Result<RawRows, Error>, Cancelled> {
-        match self.until_gone(self.session.client.query_raw(statement, values), gone).await {
-            Ok(Ok(rows)) => Ok(Ok(RawRows::new(rows))),
-            Ok(Err(error)) => Ok(Err(self.explain(Error::query(error)).await)),
-            Err(Some(Ok(rows))) => {
-                self.finish(RawRows::new(rows)).await;
-                Err(Cancelled)
+        // An answer is not the query's end: it runs on if the cancel came before Postgres had begun it.
+        let end = async |answer: Result<_, _>| {
+            if let Ok(rows) = answer {
+                to_end(RawRows::new(rows)).await;
             }
-            Err(_) => Err(Cancelled),
-        }
+        };
+        Ok(match self.until_gone(self.session.client.query_raw(statement, values), gone, end).await? {
+            Ok(rows) => Ok(RawRows::new(rows)),
+            Err(error) => Err(self.explain(Error::query(error)).await),
+        })
     }
 
     /// Ends a query whose rows nobody wants any more.
@@ -187,25 +186,27 @@ impl Lease {
         }
     }
 
-    /// Runs a request to its end. If the consumer goes first, Postgres is asked to cancel and the request is
-    /// still awaited: its end is what makes the connection clean. `Err(None)`: the connection was closed.
+    /// Runs a request up to its answer. If the consumer goes first, Postgres is asked to cancel, and the request
+    /// is still awaited, as is what `end` makes of its answer: that is what makes the connection clean.
     async fn until_gone<T>(
         &self,
         request: impl Future<Output = T>,
         gone: impl Future<Output = ()>,
-    ) -> Result<T, Option<T>> {
+        end: impl AsyncFnOnce(T),
+    ) -> Result<T, Cancelled> {
         let mut request = pin!(request);
         tokio::select! {
             biased;
             answer = &mut request => return Ok(answer),
             () = gone => {}
         }
-        Err(self.cancel_until(request).await)
+        self.cancel_until(async { end(request.await).await }).await;
+        Err(Cancelled)
     }
 
-    /// Asks Postgres to cancel until `end`, the end of what runs, has come. Once is not enough: a backend
-    /// that has not begun the query yet passes over the signal. `None`: the connection was closed instead.
-    async fn cancel_until<T>(&self, end: impl Future<Output = T>) -> Option<T> {
+    /// Asks Postgres to cancel until `end`, the end of what runs, has come; closes the connection if it does not
+    /// come. Once is not enough: a backend that has not begun the query yet passes over the signal.
+    async fn cancel_until(&self, end: impl Future<Output = ()>) {
         let session = &self.session;
         let span = tracing::info_span!(
             parent: &self.span.get(),
@@ -216,28 +217,23 @@ impl Lease {
             server.address = session.peer.address(),
         );
         let token = session.client.cancel_token();
-        let ended = timeout(CLEAN_UP, cancel_until(&session.peer, &token, end))
-            .instrument(span.clone())
-            .await
-            .ok()
-            .flatten();
-        if ended.is_none() {
+        let work = cancel_until(&session.peer, &token, end);
+        if !matches!(timeout(CLEAN_UP, work).instrument(span.clone()).await, Ok(Ok(()))) {
             span.record("otel.status_code", "error");
             session.discard();
         }
-        ended
     }
 }
 
-/// `None`: Postgres could not be asked.
-async fn cancel_until<T>(peer: &Peer, token: &CancelToken, end: impl Future<Output = T>) -> Option<T> {
+/// Fails if Postgres could not be asked.
+async fn cancel_until(peer: &Peer, token: &CancelToken, end: impl Future<Output = ()>) -> io::Result<()> {
     let mut end = pin!(end);
     let mut patience = PATIENCE;
     loop {
         // Awaited to its end, always: a cancel that is still under way could hit the next query.
-        peer.cancel(token).await.ok()?;
-        if let Ok(ended) = timeout(patience, &mut end).await {
-            return Some(ended);
+        peer.cancel(token).await?;
+        if timeout(patience, &mut end).await.is_ok() {
+            return Ok(());
         }
         patience *= 2;
     }
