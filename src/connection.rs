@@ -12,7 +12,7 @@ use crate::telemetry::{Instruments, PollSpans};
 /// A connection to Postgres that runs one stream at a time; the types see to that: a stream borrows it
 /// mutably ([`query`](Self::query)) or owns it ([`into_query`](Self::into_query)).
 ///
-/// ```compile_fail
+/// ```compile_fail,E0499
 /// # async fn example(mut db: fraiseql_stream::Connection) -> Result<(), fraiseql_stream::Error> {
 /// let one = db.query::<serde_json::Value>("orders").stream().await?;
 /// let two = db.query::<serde_json::Value>("users").stream().await?; // `one` still borrows `db`

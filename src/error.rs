@@ -115,17 +115,19 @@ impl Error {
 
     /// A connection that could not be made; the message says where to and, from `source`, why.
     pub(crate) fn connect(place: impl fmt::Display, source: tokio_postgres::Error) -> Self {
-        let message = format!("cannot connect to {place}: {}", describe(&source));
+        let advice = if is_io(&source) { WHERE } else { advice(&source) };
+        let message = format!("cannot connect to {place}: {}{advice}", describe(&source));
         Self::new(ErrorKind::Connect, message).with_source(source)
     }
 
     pub(crate) fn unreachable(place: impl fmt::Display, source: std::io::Error) -> Self {
-        Self::new(ErrorKind::Connect, format!("cannot connect to {place}: {source}")).with_source(source)
+        Self::new(ErrorKind::Connect, format!("cannot connect to {place}: {source}{WHERE}"))
+            .with_source(source)
     }
 
     pub(crate) fn query(source: tokio_postgres::Error) -> Self {
         let kind = if ends_connection(&source) { ErrorKind::Disconnected } else { ErrorKind::Query };
-        Self::new(kind, describe(&source)).with_source(source)
+        Self::new(kind, describe(&source) + advice(&source)).with_source(source)
     }
 
     /// The connection was given up after a cancel that did not come to an end.
@@ -179,6 +181,26 @@ fn ends_connection(error: &tokio_postgres::Error) -> bool {
 
 fn is_io(error: &tokio_postgres::Error) -> bool {
     std::error::Error::source(error).is_some_and(<dyn std::error::Error>::is::<std::io::Error>)
+}
+
+const WHERE: &str = "; check host and port, and that Postgres takes connections there";
+
+/// What to change, where the server's words leave that open.
+fn advice(error: &tokio_postgres::Error) -> &'static str {
+    let Some(db) = error.as_db_error() else { return "" };
+    match *db.code() {
+        SqlState::UNDEFINED_TABLE => {
+            "; an entity is the name of a table or view: case counts, and without a schema it is looked up in search_path"
+        }
+        SqlState::UNDEFINED_COLUMN if db.message().contains("\"data\"") => {
+            "; documents are read from a column named data: stream a view that has one"
+        }
+        SqlState::INVALID_PASSWORD | SqlState::INVALID_AUTHORIZATION_SPECIFICATION => {
+            "; check user and password in the connection string"
+        }
+        SqlState::INVALID_CATALOG_NAME => "; check the database in the connection string",
+        _ => "",
+    }
 }
 
 /// An error of tokio-postgres in one clause, with the server's own words first.

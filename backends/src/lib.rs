@@ -14,6 +14,7 @@
 //! ```
 
 mod account;
+mod apt;
 mod cache;
 mod collector;
 mod error;

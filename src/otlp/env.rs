@@ -20,8 +20,6 @@ pub(super) struct Settings {
     pub(super) spans: Batch,
     pub(super) records: Batch,
     pub(super) metric_interval: Duration,
-    /// Of one export, retries included.
-    pub(super) timeout: Duration,
     pub(super) service_name: Option<String>,
     pub(super) resource: Vec<KeyValue>,
     /// To be told once something can show it.
@@ -37,6 +35,8 @@ pub(super) struct Signal {
     pub(super) endpoint: Option<String>,
     /// Where it goes, for people.
     pub(super) place: String,
+    /// Of one export, retries included.
+    pub(super) timeout: Duration,
     /// `traces`, `metrics` or `logs`.
     pub(super) name: &'static str,
 }
@@ -79,14 +79,13 @@ impl Settings {
         let mut env = Reader { lookup, warnings: Vec::new() };
         Self {
             disabled: env.flag("OTEL_SDK_DISABLED"),
-            traces: env.signal("traces"),
-            metrics: env.signal("metrics"),
-            logs: env.signal("logs"),
+            traces: env.signal("traces", "OTEL_BSP_EXPORT_TIMEOUT"),
+            metrics: env.signal("metrics", "OTEL_METRIC_EXPORT_TIMEOUT"),
+            logs: env.signal("logs", "OTEL_BLRP_EXPORT_TIMEOUT"),
             sampler: env.sampler(),
             spans: env.batch("BSP", Duration::from_secs(5)),
             records: env.batch("BLRP", Duration::from_secs(1)),
             metric_interval: Duration::from_millis(env.positive("OTEL_METRIC_EXPORT_INTERVAL", 60_000)),
-            timeout: Duration::from_millis(env.positive("OTEL_EXPORTER_OTLP_TIMEOUT", 10_000)),
             service_name: env.get("OTEL_SERVICE_NAME"),
             resource: env.resource(),
             warnings: env.warnings,
@@ -142,13 +141,21 @@ impl Reader<'_> {
         Batch { queue, most: most.min(queue), delay: Duration::from_millis(delay) }
     }
 
-    fn signal(&mut self, name: &'static str) -> Signal {
+    fn signal(&mut self, name: &'static str, export_timeout: &str) -> Signal {
         let signal = &name.to_ascii_uppercase();
         let protocol = self.protocol(signal);
         let (endpoint, place) = self.endpoint(signal, protocol);
         self.check_headers(signal);
         self.check_compression(signal);
-        Signal { exporters: self.exporters(signal), protocol, endpoint, place, name }
+        let timeout = self.timeout(signal, export_timeout);
+        Signal { exporters: self.exporters(signal), protocol, endpoint, place, timeout, name }
+    }
+
+    /// The processor's limit bounds the exporter's: the SDK's processors do not keep to it by themselves.
+    fn timeout(&mut self, signal: &str, export_timeout: &str) -> Duration {
+        let own = self.own_or_general(signal, "TIMEOUT").map(|(name, _)| name);
+        let own = own.map_or(10_000, |name| self.positive(&name, 10_000));
+        Duration::from_millis(own.min(self.positive(export_timeout, 30_000)))
     }
 
     fn exporters(&mut self, signal: &str) -> Vec<Exporter> {
@@ -364,6 +371,7 @@ mod tests {
             ("OTEL_BSP_SCHEDULE_DELAY", "soon"),
             ("OTEL_METRIC_EXPORT_INTERVAL", "0"),
             ("OTEL_EXPORTER_OTLP_TIMEOUT", "-1"),
+            ("OTEL_BSP_EXPORT_TIMEOUT", "never"),
             ("OTEL_RESOURCE_ATTRIBUTES", "team=a%zz"),
         ] {
             let settings = read(&[(name, value)]);
@@ -372,10 +380,22 @@ mod tests {
             assert!(!settings.disabled && settings.traces.exporters == [Exporter::Otlp]);
             assert_eq!(settings.spans, read(&[]).spans);
             assert_eq!(
-                (settings.metric_interval, settings.timeout),
-                (read(&[]).metric_interval, read(&[]).timeout)
+                (settings.metric_interval, settings.traces.timeout),
+                (read(&[]).metric_interval, read(&[]).traces.timeout)
             );
         }
+    }
+
+    #[test]
+    fn an_export_has_the_shorter_time_of_its_exporter_and_its_processor() {
+        let settings = read(&[
+            ("OTEL_EXPORTER_OTLP_TIMEOUT", "7000"),
+            ("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT", "900"),
+            ("OTEL_BSP_EXPORT_TIMEOUT", "500"),
+        ]);
+        let signals = [settings.traces, settings.metrics, settings.logs];
+        assert_eq!(signals.map(|signal| signal.timeout.as_millis()), [500, 900, 7_000]);
+        assert_eq!(read(&[]).logs.timeout, Duration::from_secs(10));
     }
 
     #[test]

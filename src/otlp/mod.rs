@@ -5,7 +5,7 @@
 //! async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //!     let telemetry = fraiseql_stream::otlp::init()?;
 //!     // ... connect, stream ...
-//!     telemetry.shutdown().await?;
+//!     let _ = telemetry.shutdown().await; // what could not be delivered is in the log
 //!     Ok(())
 //! }
 //! ```
@@ -14,7 +14,7 @@
 //! |---|---|
 //! | `OTEL_EXPORTER_OTLP_ENDPOINT` | the collector, `http://localhost:4318` (gRPC: `:4317`) |
 //! | `OTEL_EXPORTER_OTLP_PROTOCOL` | `http/protobuf`, or `grpc` with the feature `otlp-grpc` |
-//! | `OTEL_EXPORTER_OTLP_TIMEOUT` | milliseconds of one export, 10000 |
+//! | `OTEL_EXPORTER_OTLP_TIMEOUT` | milliseconds of one export, 10000; `OTEL_BSP_EXPORT_TIMEOUT`, `OTEL_BLRP_EXPORT_TIMEOUT` and `OTEL_METRIC_EXPORT_TIMEOUT` bound it, 30000 |
 //! | `OTEL_EXPORTER_OTLP_HEADERS`, `_COMPRESSION` | `key=value,...`; `gzip` or `none` |
 //! | `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES` | who you are |
 //! | `OTEL_TRACES_EXPORTER`, `OTEL_METRICS_EXPORTER`, `OTEL_LOGS_EXPORTER` | `otlp`, `console`, `none` |
@@ -23,8 +23,8 @@
 //! | `OTEL_METRIC_EXPORT_INTERVAL` | 60000 ms |
 //! | `OTEL_SDK_DISABLED` | `true`: nothing is recorded or sent |
 //!
-//! `OTEL_EXPORTER_OTLP_{TRACES,METRICS,LOGS}_*` variants of endpoint, protocol, headers and compression go
-//! before the general ones. A value that makes no sense is warned of once, and the default is used.
+//! `OTEL_EXPORTER_OTLP_{TRACES,METRICS,LOGS}_*` variants of endpoint, protocol, timeout, headers and
+//! compression go before the general ones. A value that makes no sense is warned of once, and the default is used.
 //!
 //! A failing collector costs telemetry and one line in the log, never a row.
 

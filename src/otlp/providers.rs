@@ -46,8 +46,8 @@ macro_rules! exporter {
                 let mut builder = $exporter::builder()
                     .with_http()
                     .with_protocol(opentelemetry_otlp::Protocol::HttpBinary)
-                    .with_timeout($transport.timeout)
-                    .with_http_client($transport.http()?);
+                    .with_timeout(signal.timeout)
+                    .with_http_client($transport.http(signal.timeout)?);
                 if let Some(endpoint) = &signal.endpoint {
                     builder = builder.with_endpoint(endpoint);
                 }
@@ -57,7 +57,7 @@ macro_rules! exporter {
             Protocol::Grpc => {
                 use opentelemetry_otlp::{WithTonicConfig, tonic_types::transport::ClientTlsConfig};
                 let _within = $transport.runtime()?;
-                let mut builder = $exporter::builder().with_tonic().with_timeout($transport.timeout);
+                let mut builder = $exporter::builder().with_tonic().with_timeout(signal.timeout);
                 if signal.place.starts_with("https://") {
                     // Without this, TLS has no root certificates at all.
                     builder = builder.with_tls_config(ClientTlsConfig::new().with_enabled_roots());
@@ -78,10 +78,10 @@ macro_rules! exporter {
 
 /// What carries OTLP; made when the first exporter needs it.
 struct Transport<'a> {
-    timeout: Duration,
     /// No endpoint is https.
     plaintext: bool,
-    http: Option<reqwest::blocking::Client>,
+    /// One for each timeout.
+    http: Vec<(Duration, reqwest::blocking::Client)>,
     #[cfg(feature = "otlp-grpc")]
     runtime: &'a mut Option<tokio::runtime::Runtime>,
     #[cfg(not(feature = "otlp-grpc"))]
@@ -90,11 +90,11 @@ struct Transport<'a> {
 
 impl Transport<'_> {
     /// A blocking client: exports run on threads without a runtime. It must not be made on one that has.
-    fn http(&mut self) -> Result<reqwest::blocking::Client, InitError> {
-        if let Some(client) = &self.http {
+    fn http(&mut self, timeout: Duration) -> Result<reqwest::blocking::Client, InitError> {
+        if let Some((_, client)) = self.http.iter().find(|(its, _)| *its == timeout) {
             return Ok(client.clone());
         }
-        let client = reqwest::blocking::Client::builder().timeout(self.timeout);
+        let client = reqwest::blocking::Client::builder().timeout(timeout);
         // Loading the system's certificates takes longer than all else here; without TLS nobody needs them.
         let client = if self.plaintext { client.tls_certs_only([]) } else { client };
         let make = move || client.build();
@@ -102,7 +102,7 @@ impl Transport<'_> {
             std::thread::spawn(make).join().map_err(|_| InitError::new("the HTTP client can't be made"))?;
         let client =
             built.map_err(|error| InitError::new(format!("the HTTP client can't be made: {error}")))?;
-        self.http = Some(client.clone());
+        self.http.push((timeout, client.clone()));
         Ok(client)
     }
 
@@ -129,9 +129,8 @@ impl Providers {
         let mut providers = Self::default();
         let signals = [&settings.traces, &settings.metrics, &settings.logs];
         let mut transport = Transport {
-            timeout: settings.timeout,
             plaintext: signals.iter().all(|signal| signal.place.starts_with("http://")),
-            http: None,
+            http: Vec::new(),
             #[cfg(feature = "otlp-grpc")]
             runtime: &mut providers.runtime,
             #[cfg(not(feature = "otlp-grpc"))]

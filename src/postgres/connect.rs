@@ -95,7 +95,9 @@ pub(crate) fn parse(connection: &str) -> Result<Config, Error> {
 fn misread(connection: &str, error: &tokio_postgres::Error) -> String {
     let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
     let strict = ["verify-ca", "verify-full"];
-    let asked = |mode: &&&str| connection.contains(&format!("sslmode={mode}"));
+    // As in `sslmode = 'verify-full'`.
+    let bare: String = connection.chars().filter(|c| !c.is_whitespace() && *c != '\'').collect();
+    let asked = |mode: &&&str| bare.contains(&format!("sslmode={mode}"));
     match strict.iter().find(asked) {
         Some(mode) if cause.contains("sslmode") => no_tls(mode),
         // The name could be the rest of a password with a space in it.
@@ -216,9 +218,12 @@ fn narrow(config: &Config, peer: &Peer) -> Config {
     one
 }
 
-/// A word for the log when rows would cross a network in the clear.
-pub(crate) fn is_remote(peer: &Peer) -> bool {
-    matches!(peer, Peer::Tcp { addr, .. } if !addr.ip().is_loopback())
+/// A word for the log where rows cross a network in the clear and nobody has asked for that.
+pub(crate) fn plaintext_warning(config: &Config, peer: &Peer) -> Option<String> {
+    let remote = matches!(peer, Peer::Tcp { addr, .. } if !addr.ip().is_loopback());
+    (remote && config.get_ssl_mode() != SslMode::Disable).then(|| {
+        format!("connected to {peer} without TLS, which this version does not speak: rows and queries cross the network in plaintext; say sslmode=disable if that is meant")
+    })
 }
 
 #[cfg(test)]
@@ -232,12 +237,27 @@ mod tests {
     #[test]
     fn stricter_modes_than_prefer_are_refused_by_name() {
         for mode in ["require", "verify-ca", "verify-full"] {
-            for form in [format!("postgres://u@h/d?sslmode={mode}"), format!("host=h user=u sslmode={mode}")]
-            {
+            for form in [
+                format!("postgres://u@h/d?sslmode={mode}"),
+                format!("host=h user=u sslmode={mode}"),
+                format!("host=h user=u sslmode = '{mode}'"),
+            ] {
                 assert!(refusal(&form).starts_with(&format!("sslmode={mode} asks for")), "{form}");
             }
         }
         assert!(parse("postgres://u@h/d?sslmode=disable").is_ok());
+    }
+
+    #[test]
+    fn plaintext_over_a_network_is_warned_of_unless_it_is_asked_for() {
+        let warning = |mode: &str, addr: &str| {
+            let config = parse(&format!("postgres://u@h/d{mode}")).unwrap();
+            plaintext_warning(&config, &Peer::Tcp { host: "h".to_owned(), addr: addr.parse().unwrap() })
+        };
+        assert!(warning("", "192.0.2.1:5432").unwrap().contains("h:5432 (192.0.2.1) without TLS"));
+        assert!(warning("?sslmode=prefer", "[2001:db8::1]:5432").is_some());
+        assert_eq!(warning("?sslmode=disable", "192.0.2.1:5432"), None);
+        assert_eq!(warning("", "127.0.0.1:5432"), None);
     }
 
     #[test]

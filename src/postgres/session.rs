@@ -8,7 +8,6 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
-use tokio_postgres::config::SslMode;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{CancelToken, Client, Config, Statement};
 use tracing::Instrument;
@@ -39,10 +38,8 @@ pub(crate) struct Session {
 impl Session {
     pub(crate) async fn connect(config: Config) -> Result<Self, Error> {
         let (client, wire, peer) = connect::connect(&config).await?;
-        if connect::is_remote(&peer) && config.get_ssl_mode() != SslMode::Disable {
-            tracing::warn!(
-                "connected to {peer} without TLS, which this version does not speak: rows and queries cross the network in plaintext; say sslmode=disable if that is meant"
-            );
+        if let Some(warning) = connect::plaintext_warning(&config, &peer) {
+            tracing::warn!("{warning}");
         }
         let schema = wire.parameter("search_path").and_then(first_schema);
         let wire = tokio::spawn(async move {

@@ -35,6 +35,7 @@ async fn an_unknown_relation_is_an_error_of_the_query() {
     assert_eq!(error.sqlstate().unwrap().code(), "42P01");
     let text = text_of(&error, ErrorKind::Query);
     assert!(text.contains(r#"relation "ordesr" does not exist"#), "{text}");
+    assert!(text.contains("case counts") && text.contains("search_path"), "what to change: {text}");
     let error = refusal!(db, db.query::<Value>("sales.good"));
     assert!(text_of(&error, ErrorKind::Query).contains("sales.good"), "{error}");
 }
@@ -47,6 +48,7 @@ async fn a_relation_without_a_column_data_is_told() {
     assert_eq!(error.sqlstate().unwrap().code(), "42703");
     let text = text_of(&error, ErrorKind::Query);
     assert!(text.contains(r#"column "data" does not exist"#), "{text}");
+    assert!(text.contains("stream a view that has one"), "what to change: {text}");
 }
 
 #[tokio::test]

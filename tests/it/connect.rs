@@ -112,6 +112,7 @@ async fn an_unreachable_host_is_told_with_its_address_and_cause() {
     assert_eq!(error.kind(), ErrorKind::Connect);
     let text = error.to_string();
     assert!(text.contains("127.0.0.1:1") && text.contains("refused"), "{text}");
+    assert!(text.contains("check host and port"), "what to change: {text}");
     assert_eq!(text.lines().count(), 1, "{text}");
     assert!(!all_of(&error).contains("s3cr3t"), "{}", all_of(&error));
 }
@@ -173,6 +174,7 @@ async fn a_wrong_password_is_told_with_its_user_and_never_shown() {
     assert_eq!(error.sqlstate().unwrap().code(), "28P01");
     let text = error.to_string();
     assert!(text.contains("password authentication failed for user \"postgres\""), "{text}");
+    assert!(text.contains("check user and password"), "what to change: {text}");
     assert!(text.contains(&format!("127.0.0.1:{port}")), "{text}");
     assert!(!all_of(&error).contains("s3cr3t"), "{}", all_of(&error));
 }

@@ -1,11 +1,12 @@
 //! Where the programs `initdb` and `postgres` come from.
 
 use std::env;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::account::{self, Account};
+use crate::apt;
 use crate::cache::{self, Wheel};
 use crate::error::Error;
 use crate::process::announce;
@@ -89,7 +90,7 @@ impl Binaries {
             Ok(binaries) => return Ok(binaries),
             Err(error) => error,
         };
-        let packaged = by_apt(path).and_then(|()| {
+        let packaged = apt::install("postgresql", path).and_then(|()| {
             Self::installed(Path::new(DEBIAN), path, account)
                 .ok_or_else(|| Error::new("the package has no server"))
         });
@@ -101,32 +102,6 @@ impl Binaries {
             ))
         })
     }
-}
-
-/// Installs the distribution's package, if that needs no password.
-fn by_apt(path: &OsStr) -> Result<(), Error> {
-    let root = account::own_uid()? == 0;
-    let apt = |words: &[&str]| {
-        let mut words: Vec<OsString> = words.iter().map(OsString::from).collect();
-        if !root {
-            words.splice(0..0, ["sudo", "-n"].map(OsString::from));
-        }
-        cache::run(Command::new(&words[0]).args(&words[1..]).env("PATH", path))
-    };
-    apt(&["apt-get", "--version"])?;
-    announce("installing Postgres: apt-get install -y --no-install-recommends postgresql");
-    apt(&["apt-get", "update", "-q"])?;
-    apt(&[
-        "env",
-        "DEBIAN_FRONTEND=noninteractive",
-        "apt-get",
-        "install",
-        "-y",
-        "-q",
-        "--no-install-recommends",
-        "postgresql",
-    ])?;
-    Ok(())
 }
 
 #[cfg(test)]
