@@ -170,7 +170,7 @@ impl House {
     }
 
     async fn leave(mut self, end: End, telemetry: Telemetry, memory: Memory) -> Result<u8> {
-        let (played, mut end) = match end {
+        let (played, end) = match end {
             End::Played(Ok(streams)) => {
                 let report = move |paint| report::report(paint, &streams, &memory);
                 self.screen.paint(report);
@@ -182,8 +182,8 @@ impl House {
         };
         self.clean_up().await;
         let sent = telemetry.finish().await;
-        if let (true, Ok(text)) = (played, &sent) {
-            self.screen.say(text);
+        if played {
+            self.screen.say(sent);
         }
         let printed = self.screen.close();
         if played {
@@ -194,10 +194,6 @@ impl House {
         }
         if let Some(signal) = end.as_ref().ok().and_then(|code| name_of(*code)) {
             eprintln!("demo: stopped by {signal}; the query is cancelled, the orders are gone");
-        }
-        if let Err(error) = sent {
-            eprintln!("demo: not all telemetry was sent: {error}");
-            end = end.map(|code| code.max(1));
         }
         end
     }

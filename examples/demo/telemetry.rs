@@ -1,7 +1,5 @@
 //! Where the telemetry goes: to what the `OTEL_*` variables name, if there are any.
 
-use std::error::Error;
-
 use fraiseql_stream::otlp::{self, Guard};
 
 /// How to see all of it.
@@ -20,7 +18,12 @@ impl Telemetry {
     pub(crate) fn start() -> Result<Self, otlp::InitError> {
         let wanted = std::env::vars_os()
             .any(|(name, value)| name.to_string_lossy().starts_with("OTEL_") && !value.is_empty());
-        Ok(Self(if wanted { Some(otlp::init()?) } else { None }))
+        if wanted {
+            return Ok(Self(Some(otlp::init()?)));
+        }
+        let warnings = tracing_subscriber::fmt().with_max_level(tracing::Level::WARN);
+        warnings.with_writer(std::io::stderr).with_target(false).with_ansi(false).without_time().init();
+        Ok(Self(None))
     }
 
     pub(crate) fn is_exported(&self) -> bool {
@@ -28,17 +31,18 @@ impl Telemetry {
     }
 
     /// Sends what is left, and says where all of it is.
-    pub(crate) async fn finish(self) -> Result<String, Box<dyn Error + Send + Sync>> {
+    pub(crate) async fn finish(self) -> String {
         let Some(guard) = self.0 else {
-            return Ok(HINT.to_owned());
+            return HINT.to_owned();
         };
-        guard.shutdown().await?;
+        let sent = guard.shutdown().await;
         let off = std::env::var("OTEL_SDK_DISABLED").is_ok_and(|off| off.eq_ignore_ascii_case("true"));
-        Ok(if off {
-            "OTEL_SDK_DISABLED is set: nothing was exported.".to_owned()
-        } else {
-            format!("Metrics, traces and logs went to {}.", place())
-        })
+        match sent {
+            // A warning on standard error has said why.
+            Err(_) => format!("Not all telemetry arrived at {}.", place()),
+            Ok(()) if off => "OTEL_SDK_DISABLED is set: nothing was exported.".to_owned(),
+            Ok(()) => format!("Metrics, traces and logs went to {}.", place()),
+        }
     }
 }
 

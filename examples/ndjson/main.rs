@@ -181,11 +181,16 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Telemetry is for those who ask for it: by any of the standard variables.
+/// Telemetry is for those who ask for it: by any of the standard variables. Warnings are for all.
 fn telemetry() -> Result<Option<otlp::Guard>, otlp::InitError> {
     let asked = std::env::vars_os()
         .any(|(name, value)| name.as_encoded_bytes().starts_with(b"OTEL_") && !value.is_empty());
-    asked.then(otlp::init).transpose()
+    if asked {
+        return otlp::init().map(Some);
+    }
+    let warnings = tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_writer(io::stderr);
+    warnings.with_target(false).with_ansi(false).without_time().init();
+    Ok(None)
 }
 
 /// Writes rows: many at once while they come fast, none later than it must.

@@ -152,9 +152,11 @@ fn a_collector_that_is_away_costs_the_telemetry_and_nothing_else() {
     let mut demo = Demo::new().rows(1_000).env("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1").start();
     let end = demo.end(MINUTE);
 
-    assert_eq!(end.code, Some(1), "{end:#?}");
+    assert_eq!(end.code, Some(0), "{end:#?}");
     assert!(end.stdout.contains("Who set the pace"), "{end:#?}");
+    assert!(end.stdout.contains("Not all telemetry arrived at http://127.0.0.1:1."), "{end:#?}");
     assert!(end.stderr.contains("http://127.0.0.1:1"), "{end:#?}");
+    assert_eq!(end.stderr.lines().count(), 1, "{end:#?}");
 }
 
 #[test]
