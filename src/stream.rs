@@ -42,7 +42,7 @@ pub(crate) type Predicate<T> = Box<dyn FnMut(&T) -> bool + Send>;
 /// # Memory
 ///
 /// At most `max_memory` payload bytes wait in the channel (a single larger row passes alone). Beyond that
-/// there are the chunk in your hands, at most an eighth of it or one row, and one row in the producer's.
+/// there are the chunk in your hands, at most an eighth of it and one row, and one row in the producer's.
 ///
 /// ```no_run
 /// use fraiseql_stream::Connection;
