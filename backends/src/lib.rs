@@ -23,6 +23,8 @@ pub mod http;
 mod postgres;
 mod process;
 
+use std::fmt::Display;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 pub use collector::telemetry::{Event, Log, Metric, Point, Span};
@@ -44,4 +46,12 @@ pub fn wait_until(timeout: Duration, mut condition: impl FnMut() -> bool) -> boo
         }
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// Sends a signal, such as `TERM`, to a process; false if there is none of that id.
+///
+/// By the shell's own `kill`: the program of that name is not on every machine.
+pub fn send_signal(name: &str, pid: impl Display) -> bool {
+    let sent = Command::new("/bin/sh").args(["-c", "kill -s \"$0\" \"$1\"", name, &pid.to_string()]).status();
+    sent.is_ok_and(|status| status.success())
 }

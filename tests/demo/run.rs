@@ -124,9 +124,7 @@ impl Running {
     }
 
     pub(crate) fn signal(&self, name: &str) {
-        let pid = self.child.id().to_string();
-        let sent = Command::new("kill").args(["-s", name, &pid]).status().expect("kill runs");
-        assert!(sent.success());
+        assert!(backends::send_signal(name, self.child.id()));
     }
 
     /// Closes the pipe behind the next line.

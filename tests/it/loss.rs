@@ -1,6 +1,5 @@
 //! Losing the backend or the whole server: an error that says which, all rows before it, and no hang.
 
-use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -217,7 +216,7 @@ async fn a_backend_that_is_killed_is_told() {
     for _ in 0..5 {
         rows.push(within(SOON, stream.next()).await.unwrap().unwrap());
     }
-    assert!(Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
+    assert!(backends::send_signal("KILL", pid));
     let (mut rest, error) = read_all(&mut stream).await;
     rows.append(&mut rest);
     assert_unbroken(&rows);
@@ -236,7 +235,7 @@ async fn the_neighbours_of_a_killed_backend_end_with_an_error_too() {
     let ((_victim, victim), (mut db, _)) = (doomed.connect().await, doomed.connect().await);
     let mut stream = db.query::<Doc>("slow").stream().await.unwrap();
     let mut rows = vec![within(SOON, stream.next()).await.unwrap().unwrap()];
-    assert!(Command::new("kill").args(["-9", &victim.to_string()]).status().unwrap().success());
+    assert!(backends::send_signal("KILL", victim));
     let (mut rest, error) = read_all(&mut stream).await;
     rows.append(&mut rest);
     assert_unbroken(&rows);

@@ -8,7 +8,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use backends::{Postgres, wait_until};
+use backends::{Postgres, send_signal, wait_until};
 use serde_json::Value;
 
 /// For what takes milliseconds, on a machine that is busy with all the other tests.
@@ -166,7 +166,7 @@ impl Running {
         let pid = child.id();
         thread::spawn(move || {
             if ended.recv_timeout(TOO_LONG) == Err(RecvTimeoutError::Timeout) {
-                kill("KILL", pid);
+                send_signal("KILL", pid);
             }
         });
         Self(child, sender)
@@ -185,8 +185,7 @@ impl Running {
     }
 
     pub(crate) fn signal(&self, name: &str) {
-        let sent = Command::new("kill").args(["-s", name, &self.0.id().to_string()]).status();
-        assert!(sent.expect("kill runs").success());
+        assert!(send_signal(name, self.0.id()));
     }
 
     /// Waits for its end, which must come within `limit`.
@@ -206,11 +205,6 @@ impl Drop for Running {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-fn kill(signal: &str, pid: u32) -> bool {
-    let sent = Command::new("kill").args(["-s", signal, &pid.to_string()]).status();
-    sent.is_ok_and(|status| status.success())
 }
 
 /// The next line, without its end.

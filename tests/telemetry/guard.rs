@@ -1,7 +1,6 @@
 //! The guard: it flushes everything on every runtime, and never takes longer than it may.
 
 use std::net::TcpListener;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use backends::{Collector, Postgres};
@@ -252,9 +251,7 @@ fn shutdown_keeps_its_timeout_when_postgres_hangs_as_well() {
 }
 
 fn signal(server: &Postgres, name: &str) {
-    let pid = server.postmaster_pid().to_string();
-    let sent = Command::new("kill").args(["-s", name, &pid]).status().expect("kill runs");
-    assert!(sent.success());
+    assert!(backends::send_signal(name, server.postmaster_pid()));
 }
 
 #[test]
