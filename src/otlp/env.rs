@@ -31,8 +31,8 @@ pub(super) struct Settings {
 pub(super) struct Signal {
     pub(super) exporters: Vec<Exporter>,
     pub(super) protocol: Protocol,
-    /// In place of what the exporter would read: that was no URL.
-    pub(super) endpoint: Option<String>,
+    /// The whole of it. The exporter would read the variable itself, but untrimmed, and fail over nonsense.
+    pub(super) endpoint: String,
     /// Where it goes, for people.
     pub(super) place: String,
     /// Of one export, retries included.
@@ -220,28 +220,33 @@ impl Reader<'_> {
         }
     }
 
-    /// What to set in place of the variable, and where the signal goes.
-    fn endpoint(&mut self, signal: &str, protocol: Protocol) -> (Option<String>, String) {
+    /// The signal's endpoint, and the same for people.
+    fn endpoint(&mut self, signal: &str, protocol: Protocol) -> (String, String) {
         let default = match protocol {
             Protocol::HttpProtobuf => "http://localhost:4318",
             Protocol::Grpc => "http://localhost:4317",
         };
+        // By HTTP, a general endpoint is a base.
+        let below = |base: &str| match protocol {
+            Protocol::HttpProtobuf => {
+                format!("{}/v1/{}", base.trim_end_matches('/'), signal.to_ascii_lowercase())
+            }
+            Protocol::Grpc => base.to_owned(),
+        };
         let Some((name, value)) = self.own_or_general(signal, "ENDPOINT") else {
-            return (None, default.to_owned());
+            return (below(default), default.to_owned());
         };
         let url =
             Url::parse(&value).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
-        if let Some(url) = url {
-            // Without user and password, if someone put them there.
-            let port = url.port().map_or_else(String::new, |port| format!(":{port}"));
-            return (None, format!("{}://{}{port}", url.scheme(), url.host_str().unwrap_or_default()));
-        }
-        self.warn(format!("{name} is no URL such as http://localhost:4318: using the default"));
-        let path = match protocol {
-            Protocol::HttpProtobuf => format!("/v1/{}", signal.to_ascii_lowercase()),
-            Protocol::Grpc => String::new(),
+        let Some(url) = url else {
+            self.warn(format!("{name} is no URL such as http://localhost:4318: using the default"));
+            return (below(default), default.to_owned());
         };
-        (Some(format!("{default}{path}")), default.to_owned())
+        // Without user and password, if someone put them there.
+        let port = url.port().map_or_else(String::new, |port| format!(":{port}"));
+        let place = format!("{}://{}{port}", url.scheme(), url.host_str().unwrap_or_default());
+        let is_own = name.contains(signal);
+        (if is_own { url.to_string() } else { below(url.as_str()) }, place)
     }
 
     fn sampler(&mut self) -> Sampler {
@@ -354,6 +359,17 @@ mod tests {
         assert_eq!(settings.metrics.protocol, Protocol::HttpProtobuf);
         assert_eq!(settings.traces.protocol == Protocol::Grpc, cfg!(feature = "otlp-grpc"));
         assert_eq!(settings.metrics.place, "http://collector:4318");
+    }
+
+    #[test]
+    fn a_general_endpoint_is_a_base_and_a_signals_own_is_not() {
+        let settings = read(&[
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector/otel/\n"),
+            ("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", "http://logs:4318/in"),
+        ]);
+        assert_eq!(settings.traces.endpoint, "https://collector/otel/v1/traces");
+        assert_eq!(settings.logs.endpoint, "http://logs:4318/in");
+        assert_eq!(read(&[]).metrics.endpoint, "http://localhost:4318/v1/metrics");
     }
 
     #[test]

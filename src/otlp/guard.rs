@@ -8,7 +8,7 @@ use opentelemetry_sdk::error::OTelSdkResult;
 
 use super::providers::Providers;
 use super::report::{Health, unreachable};
-use crate::telemetry::spans_to_close;
+use crate::telemetry::spans_are_open;
 
 /// Each signal and where it goes.
 pub(super) type Places = Vec<(&'static str, String)>;
@@ -34,7 +34,7 @@ impl Guard {
         Self { providers: Some(providers), health, places, timeout: TIMEOUT }
     }
 
-    /// How long a shutdown may take. Defaults to 5 s.
+    /// How long a shutdown may take. Defaults to 5 s, which is also what the SDK gives traces and logs at most.
     ///
     /// ```no_run
     /// # fn main() -> Result<(), fraiseql_stream::otlp::InitError> {
@@ -71,14 +71,16 @@ impl Guard {
     /// # }
     /// ```
     pub async fn shutdown(mut self) -> Result<(), ShutdownError> {
-        let deadline = Instant::now() + self.timeout;
-        // A stream dropped just before still has its span open until its query is cancelled.
-        if tokio::runtime::Handle::try_current().is_ok() {
-            let _ = tokio::time::timeout(self.timeout / 4, spans_to_close()).await;
-        }
+        let start = Instant::now();
+        let (patience, deadline) = (start + self.timeout / 4, start + self.timeout);
         let (done, end) = tokio::sync::oneshot::channel();
         let Some(flush) = self.take() else { return Ok(()) };
         spawn("fraiseql-otlp-shutdown", move || {
+            // A stream dropped just before still has its span open until its query is cancelled. Not by a timer
+            // of the runtime: it may have none.
+            while spans_are_open() && Instant::now() < patience {
+                std::thread::sleep(Duration::from_millis(1));
+            }
             // Nobody waits any more if the future was dropped.
             let _ = done.send(flush.run(deadline));
         });
@@ -105,6 +107,8 @@ impl Drop for Guard {
     }
 }
 
+type Work = Box<dyn FnOnce() -> OTelSdkResult + Send>;
+
 struct Flush {
     providers: Providers,
     health: Arc<Health>,
@@ -118,24 +122,24 @@ impl Flush {
     fn run(mut self, deadline: Instant) -> Result<(), ShutdownError> {
         let (sent, results) = mpsc::channel();
         let mut pending = Vec::new();
-        let mut flush = |signal: &'static str, work: Box<dyn FnOnce() -> OTelSdkResult + Send>| {
+        let mut flush = |signal: &'static str, flush: Work, shutdown: Work| {
             let sent = sent.clone();
             pending.push(signal);
-            spawn("fraiseql-otlp-flush", move || {
-                // The receiver is gone only when the deadline has passed.
-                let _ = sent.send((signal, work()));
-            });
+            // The receiver is gone only when the deadline has passed.
+            let tell = move |result| drop(sent.send((signal, result)));
+            spawn("fraiseql-otlp-flush", move || end(flush, shutdown, tell));
         };
-        // Flushing first: a shutdown alone reports success even when its last export failed. Where flushing
-        // fails, dropping the provider shuts it down.
         if let Some(tracer) = self.providers.tracer.take() {
-            flush("traces", Box::new(move || tracer.force_flush().and_then(|()| tracer.shutdown())));
+            let flushed = tracer.clone();
+            flush("traces", Box::new(move || flushed.force_flush()), Box::new(move || tracer.shutdown()));
         }
         if let Some(meter) = self.providers.meter.take() {
-            flush("metrics", Box::new(move || meter.force_flush().and_then(|()| meter.shutdown())));
+            let flushed = meter.clone();
+            flush("metrics", Box::new(move || flushed.force_flush()), Box::new(move || meter.shutdown()));
         }
         if let Some(logger) = self.providers.logger.take() {
-            flush("logs", Box::new(move || logger.force_flush().and_then(|()| logger.shutdown())));
+            let flushed = logger.clone();
+            flush("logs", Box::new(move || flushed.force_flush()), Box::new(move || logger.shutdown()));
         }
         let mut lost = Vec::new();
         while !pending.is_empty() {
@@ -148,22 +152,22 @@ impl Flush {
                 lost.push(signal);
             }
         }
-        let end = self.conclude(&lost, &pending);
-        #[cfg(feature = "otlp-grpc")]
-        if let Some(runtime) = self.providers.runtime.take() {
-            runtime.shutdown_background();
-        }
-        end
+        self.conclude(&lost, &pending, deadline)
     }
 
-    fn conclude(&self, lost: &[&'static str], late: &[&'static str]) -> Result<(), ShutdownError> {
+    fn conclude(
+        &self,
+        lost: &[&'static str],
+        late: &[&'static str],
+        deadline: Instant,
+    ) -> Result<(), ShutdownError> {
         let signals = [lost, late].concat();
         let missed = self.places.iter().filter(|(signal, _)| signals.contains(signal));
         let mut places: Vec<_> = missed.map(|(_, place)| place.as_str()).collect();
         places.dedup();
         let Some(place) = places.first() else { return Ok(()) };
         let why = if late.is_empty() {
-            unreachable(place).unwrap_or_else(|| "the collector refused it".to_owned())
+            reason(place, deadline).unwrap_or_else(|| "the collector did not take them".to_owned())
         } else {
             format!("no answer within {:.1} s", self.timeout.as_secs_f64())
         };
@@ -177,6 +181,29 @@ impl Flush {
         }
         Err(error)
     }
+}
+
+/// Flushing first: a shutdown alone reports success even when its last export failed.
+fn end(flush: Work, shutdown: Work, tell: impl FnOnce(OTelSdkResult)) {
+    match flush() {
+        Ok(()) => tell(shutdown()),
+        Err(error) => {
+            tell(Err(error));
+            // A global provider is never dropped: its thread would go on. What is lost has been told.
+            let _ = shutdown();
+        }
+    }
+}
+
+/// Why a place can't be reached, if that is found out before the deadline: a name may take long to resolve.
+fn reason(place: &str, deadline: Instant) -> Option<String> {
+    let (found, reason) = mpsc::channel();
+    let place = place.to_owned();
+    spawn("fraiseql-otlp-reason", move || {
+        // Too late if nobody waits.
+        let _ = found.send(unreachable(&place));
+    });
+    reason.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok().flatten()
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) {

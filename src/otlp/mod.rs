@@ -167,15 +167,16 @@ fn belongs_to_log(about: &Metadata<'_>) -> bool {
 }
 
 fn is_not_telemetry(about: &Metadata<'_>) -> bool {
-    let crates = ["opentelemetry", "tonic", "h2", "hyper", "tower", "reqwest", "rustls"];
-    let of = |name: &&str| {
-        about
-            .target()
-            .strip_prefix(*name)
-            .is_some_and(|rest| rest.is_empty() || rest.starts_with([':', '_', '-']))
-    };
-    !crates.iter().any(of)
+    !exports(about.target())
 }
+
+fn exports(target: &str) -> bool {
+    let name = target.split("::").next().unwrap_or(target);
+    name.starts_with("opentelemetry") || EXPORTERS.contains(&name)
+}
+
+/// The crates that exports run through: whole names, since `tower_http` and the like are the service's.
+const EXPORTERS: [&str; 7] = ["h2", "hyper", "hyper_util", "reqwest", "rustls", "tonic", "tower"];
 
 /// Telemetry that can't be set up.
 ///
@@ -201,3 +202,18 @@ impl fmt::Display for InitError {
 }
 
 impl std::error::Error for InitError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_exporters_own_crates_are_left_out() {
+        for target in ["opentelemetry-otlp", "opentelemetry_sdk", "hyper::client", "tower::buffer", "h2"] {
+            assert!(exports(target), "{target}");
+        }
+        for target in ["tower_http::trace::make_span", "hyper_service", "h2o::pumps", SCOPE] {
+            assert!(!exports(target), "{target}");
+        }
+    }
+}

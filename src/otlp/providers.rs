@@ -34,7 +34,21 @@ pub(super) struct Providers {
     pub(super) logger: Option<SdkLoggerProvider>,
     /// Where gRPC runs: a runtime of its own, since on the service's it could not flush at shutdown.
     #[cfg(feature = "otlp-grpc")]
-    pub(super) runtime: Option<tokio::runtime::Runtime>,
+    pub(super) runtime: GrpcRuntime,
+}
+
+/// A runtime that may be dropped anywhere, also on another runtime's thread.
+#[cfg(feature = "otlp-grpc")]
+#[derive(Debug, Default)]
+pub(super) struct GrpcRuntime(Option<tokio::runtime::Runtime>);
+
+#[cfg(feature = "otlp-grpc")]
+impl Drop for GrpcRuntime {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 /// Makes the one exporter builder for a signal's protocol; the builders of the three signals share no type.
@@ -43,15 +57,12 @@ macro_rules! exporter {
         let signal: &Signal = $signal;
         let built = match signal.protocol {
             Protocol::HttpProtobuf => {
-                let mut builder = $exporter::builder()
+                let builder = $exporter::builder()
                     .with_http()
                     .with_protocol(opentelemetry_otlp::Protocol::HttpBinary)
                     .with_timeout(signal.timeout)
                     .with_http_client($transport.http(signal.timeout)?);
-                if let Some(endpoint) = &signal.endpoint {
-                    builder = builder.with_endpoint(endpoint);
-                }
-                builder.build()
+                builder.with_endpoint(&signal.endpoint).build()
             }
             #[cfg(feature = "otlp-grpc")]
             Protocol::Grpc => {
@@ -62,10 +73,7 @@ macro_rules! exporter {
                     // Without this, TLS has no root certificates at all.
                     builder = builder.with_tls_config(ClientTlsConfig::new().with_enabled_roots());
                 }
-                if let Some(endpoint) = &signal.endpoint {
-                    builder = builder.with_endpoint(endpoint);
-                }
-                builder.build()
+                builder.with_endpoint(&signal.endpoint).build()
             }
             #[cfg(not(feature = "otlp-grpc"))]
             Protocol::Grpc => return Err(InitError::new("gRPC needs the cargo feature otlp-grpc")),
@@ -83,7 +91,7 @@ struct Transport<'a> {
     /// One for each timeout.
     http: Vec<(Duration, reqwest::blocking::Client)>,
     #[cfg(feature = "otlp-grpc")]
-    runtime: &'a mut Option<tokio::runtime::Runtime>,
+    runtime: &'a mut GrpcRuntime,
     #[cfg(not(feature = "otlp-grpc"))]
     _runtime: std::marker::PhantomData<&'a ()>,
 }
@@ -108,19 +116,17 @@ impl Transport<'_> {
 
     #[cfg(feature = "otlp-grpc")]
     fn runtime(&mut self) -> Result<tokio::runtime::EnterGuard<'_>, InitError> {
-        if self.runtime.is_none() {
+        if self.runtime.0.is_none() {
             let runtime = tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(1)
                 .thread_name("fraiseql-otlp")
                 .enable_all()
                 .build();
-            *self.runtime =
+            self.runtime.0 =
                 Some(runtime.map_err(|error| InitError::new(format!("no thread for gRPC: {error}")))?);
         }
-        self.runtime
-            .as_ref()
-            .map(tokio::runtime::Runtime::enter)
-            .ok_or_else(|| InitError::new("no runtime for gRPC"))
+        let runtime = self.runtime.0.as_ref().map(tokio::runtime::Runtime::enter);
+        runtime.ok_or_else(|| InitError::new("no runtime for gRPC"))
     }
 }
 

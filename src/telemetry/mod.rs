@@ -9,7 +9,7 @@ pub use instruments::Instruments;
 pub(crate) use recorder::{Recorder, heartbeat};
 pub use spans::PollSpans;
 #[cfg(feature = "otlp")]
-pub(crate) use spans::spans_to_close;
+pub(crate) use spans::spans_are_open;
 pub(crate) use spans::{Batch, Query, QuerySpan};
 
 /// The name of the crate's meter and the target of its spans and log records.

@@ -167,9 +167,9 @@ impl Entity {
             let gauge = &tracked.stream.gauge;
             levels.streams += 1;
             levels.rows += gauge.rows();
-            levels.row_limit += gauge.row_limit;
+            levels.row_limit = levels.row_limit.saturating_add(gauge.row_limit);
             levels.bytes += gauge.bytes();
-            levels.byte_limit += gauge.byte_limit;
+            levels.byte_limit = levels.byte_limit.saturating_add(gauge.byte_limit);
             levels.since_last_row = levels.since_last_row.max(tracked.since_last_row());
         }
         levels

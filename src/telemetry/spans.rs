@@ -1,9 +1,8 @@
 //! The query span, and the spans of poll batches within their budget.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::watch;
 use tracing::field::Empty;
 use tracing::{Span, info_span};
 
@@ -94,7 +93,7 @@ impl QuerySpan {
     /// The stream is over; the span closes with the last handle, behind the cancel.
     pub(super) fn linger(&self) {
         if !self.0.lingers.swap(true, Ordering::Relaxed) {
-            LINGERING.send_modify(|spans| *spans += 1);
+            LINGERING.fetch_add(1, Ordering::AcqRel);
         }
     }
 }
@@ -104,19 +103,18 @@ impl Drop for Shared {
         // Closed before it is counted out.
         *self.span.get_mut().unwrap_or_else(PoisonError::into_inner) = Span::none();
         if *self.lingers.get_mut() {
-            LINGERING.send_modify(|spans| *spans -= 1);
+            LINGERING.fetch_sub(1, Ordering::AcqRel);
         }
     }
 }
 
 /// The spans of streams that were dropped and whose query is not cancelled yet.
-static LINGERING: LazyLock<watch::Sender<usize>> = LazyLock::new(|| watch::Sender::new(0));
+static LINGERING: AtomicUsize = AtomicUsize::new(0);
 
-/// Waits until the spans of all dropped streams are closed.
+/// Whether the span of a dropped stream is not closed yet.
 #[cfg(feature = "otlp")]
-pub(crate) async fn spans_to_close() {
-    // The sender is never dropped.
-    let _ = LINGERING.subscribe().wait_for(|spans| *spans == 0).await;
+pub(crate) fn spans_are_open() -> bool {
+    LINGERING.load(Ordering::Acquire) > 0
 }
 
 /// A CLIENT span after the database conventions, below the caller's current span.
