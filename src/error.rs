@@ -1,6 +1,7 @@
 //! The one error, and what part of the work it met.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 
 use tokio_postgres::error::{DbError, SqlState};
@@ -120,7 +121,7 @@ impl Error {
         Self::new(ErrorKind::Connect, message).with_source(source)
     }
 
-    pub(crate) fn unreachable(place: impl fmt::Display, source: std::io::Error) -> Self {
+    pub(crate) fn unreachable(place: impl fmt::Display, source: io::Error) -> Self {
         Self::new(ErrorKind::Connect, format!("cannot connect to {place}: {source}{WHERE}"))
             .with_source(source)
     }
@@ -179,8 +180,10 @@ fn ends_connection(error: &tokio_postgres::Error) -> bool {
     }
 }
 
+/// Whether the network failed. What can't be encoded or parsed comes as an `io::Error` too.
 fn is_io(error: &tokio_postgres::Error) -> bool {
-    std::error::Error::source(error).is_some_and(<dyn std::error::Error>::is::<std::io::Error>)
+    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref::<io::Error>());
+    source.is_some_and(|io| !matches!(io.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData))
 }
 
 const WHERE: &str = "; check host and port, and that Postgres takes connections there";

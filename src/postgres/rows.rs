@@ -1,6 +1,7 @@
 //! The text of a query, its parameters, and its rows as raw bytes.
 
 use std::error::Error as StdError;
+use std::fmt;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -26,6 +27,11 @@ impl Sql {
     /// The statement's text, or why the entity is no name of a relation.
     pub(crate) fn text(&self) -> Result<String, Error> {
         let from = format!("SELECT data FROM {}", quote(&self.entity)?);
+        if self.conditions.iter().chain(&self.order_by).any(|text| text.contains('\0')) {
+            return Err(Error::config(
+                "where_sql or order_by has a NUL byte, which Postgres takes in no text",
+            ));
+        }
         // On lines of their own: a comment at the end of a condition must not swallow what follows.
         let clauses = [
             clause("WHERE (", &self.conditions.join("\n) AND ("), "\n)"),
@@ -119,10 +125,19 @@ pub(crate) fn check_column(statement: &Statement) -> Result<(), Error> {
 }
 
 /// A parameter's value, already in the form that Postgres expects of it.
-#[derive(Debug)]
 pub(crate) struct Value {
     bytes: Option<Bytes>,
     format: Format,
+}
+
+impl fmt::Debug for Value {
+    // tokio-postgres logs parameters by this: it must not show the service's data.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.bytes {
+            Some(bytes) => write!(f, "<{} bytes>", bytes.len()),
+            None => f.write_str("NULL"),
+        }
+    }
 }
 
 /// Encodes values for the types that Postgres found in the statement.
@@ -245,6 +260,12 @@ mod tests {
         for entity in ["", ".", "a.", ".a", "a\0b", "\"a", "\"a\"b", "\"\""] {
             assert!(text(entity).contains("is no name of a relation"), "{entity:?}");
         }
+    }
+
+    #[test]
+    fn a_parameter_does_not_show_its_value() {
+        let values = encode(&[&"s3cr3t", &None::<&str>], &[Type::TEXT, Type::TEXT]).unwrap();
+        assert_eq!(format!("{values:?}"), "[<6 bytes>, NULL]");
     }
 
     #[test]

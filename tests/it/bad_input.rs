@@ -247,3 +247,11 @@ async fn a_connection_string_that_makes_no_sense_is_refused_without_showing_it()
         assert!(!all_of(&error).contains("s3cr3t"), "{connection:?}: {}", all_of(&error));
     }
 }
+
+#[tokio::test]
+async fn a_nul_byte_in_a_condition_is_refused_and_no_lost_connection() {
+    let database = database("");
+    let mut db = database.connect().await;
+    let error = refusal!(db, db.query::<Doc>("good").where_sql("data->>'id' = 'a\0b'", &[]));
+    assert!(text_of(&error, ErrorKind::Config).contains("NUL byte"), "{error}");
+}
