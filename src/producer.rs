@@ -69,7 +69,12 @@ impl Cutter {
 
     /// Adds a row, or holds it if it does not fit.
     fn push(&mut self, row: &[u8]) {
-        if self.filling.bytes() + row.len() <= self.room.bytes {
+        let most = if self.filling.rows() == 0 {
+            self.room.bytes
+        } else {
+            self.room.bytes.min(self.limits.chunk_bytes)
+        };
+        if self.filling.bytes() + row.len() <= most {
             self.filling.push(row);
         } else {
             self.held = Some(row.to_vec());
@@ -180,6 +185,17 @@ mod tests {
         }
         seen.dedup();
         assert_eq!(seen, b"123");
+    }
+
+    #[test]
+    fn a_chunk_is_cut_before_it_has_too_many_bytes() {
+        let (mut sender, mut receiver) = channel();
+        let source = futures::stream::iter(["30 bytes, which is not too much"; 2].map(Ok));
+        let mut source = From(source);
+        let mut work = task::spawn(run(&mut sender, &mut source));
+        assert!(matches!(assert_ready!(work.poll()), Ok(Ok(()))));
+        drop(work);
+        assert_eq!(chunks(&mut receiver).0, [1, 1]);
     }
 
     #[test]
