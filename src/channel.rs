@@ -300,6 +300,21 @@ impl Receiver {
         }
     }
 
+    /// The caller waits for Postgres, though not for rows yet.
+    pub(crate) fn wait_for_start(&mut self) {
+        let state = self.shared.lock();
+        let ledger = &self.shared.gauge.ledger;
+        ledger.consumer(Consumer::SourceWait, ledger.now());
+        drop(state);
+    }
+
+    /// The caller goes on.
+    pub(crate) fn started(&mut self) {
+        let state = self.shared.lock();
+        let ledger = &self.shared.gauge.ledger;
+        ledger.consumer(busy(&state), ledger.now());
+    }
+
     /// Tells the producer that nothing more is wanted, and drops what waits. Both lives end here.
     pub(crate) fn close(&mut self) {
         let Gauge { ledger, .. } = &*self.shared.gauge;

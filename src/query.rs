@@ -166,7 +166,9 @@ impl<'p, T: FromJson, C: BorrowMut<Connection>> Query<'p, T, C> {
             beside.spawn(telemetry::heartbeat(observer, span));
             work.await;
         });
+        parts.receiver.wait_for_start();
         let prepared = prepared.await.unwrap_or_else(|_| Err(Error::lost()));
+        parts.receiver.started();
         match prepared.and_then(|types| postgres::encode(&self.values, &types)) {
             Ok(values) => {
                 // If nobody takes them, the stream's first item says why.
@@ -246,10 +248,18 @@ async fn produce(task: Task) {
         Err(Cancelled) => return,
     };
     match producer::run(&mut sender, &mut rows).await {
-        Ok(Ok(())) => sender.finish(Ok(())),
-        Ok(Err(error)) => {
+        Ok(Ok(())) => {
+            sender.finish(Ok(()));
+            lease.finish(rows).await;
+        }
+        // The server's error has ended the query; any other has not.
+        Ok(Err(error)) if error.sqlstate().is_some() => {
             sender.finish(Err(lease.explain(error).await));
             lease.finish(rows).await;
+        }
+        Ok(Err(error)) => {
+            sender.finish(Err(lease.explain(error).await));
+            lease.cancel(rows).await;
         }
         Err(_) => lease.cancel(rows).await,
     }

@@ -42,7 +42,7 @@ pub(crate) type Predicate<T> = Box<dyn FnMut(&T) -> bool + Send>;
 /// # Memory
 ///
 /// At most `max_memory` payload bytes wait in the channel (a single larger row passes alone). Beyond that
-/// there are the chunk in your hands, at most an eighth of it and one row, and one row in the producer's.
+/// there are the chunk in your hands, at most an eighth of it or one row, and one row in the producer's.
 ///
 /// ```no_run
 /// use fraiseql_stream::Connection;
@@ -274,6 +274,8 @@ impl<T: FromJson, C> JsonStream<T, C> {
     /// # }
     /// ```
     pub fn pause(&mut self) {
+        // A poll that still waits is given up: what comes next is not its time.
+        (self.polled, self.waited) = (None, false);
         self.receiver.pause();
     }
 

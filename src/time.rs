@@ -240,7 +240,8 @@ impl Ledger {
 
     fn read_at(&self, now: Nanos) -> Times {
         let mut consumer = self.consumer.read(now);
-        let late = self.late(now);
+        // No more than there is: the parts may have been read while they were written.
+        let late = self.late(now).min(consumer[Consumer::SourceWait as usize]);
         consumer[Consumer::SourceWait as usize] -= late;
         consumer[Consumer::Scheduled as usize] += late;
         let busy = consumer[Consumer::Overlap as usize] + consumer[Consumer::Backlog as usize];

@@ -1,6 +1,7 @@
 //! From a connection string to a connected client, with the address that answered.
 
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -42,12 +43,28 @@ impl Peer {
         }
     }
 
+    /// Opens a socket to send a cancel request by. Nothing is sent yet.
+    pub(crate) async fn cancel_socket(&self) -> io::Result<CancelSocket> {
+        Ok(match self {
+            Self::Tcp { addr, .. } => CancelSocket::Tcp(TcpStream::connect(addr).await?),
+            Self::Unix { .. } => CancelSocket::Unix(UnixStream::connect(self.to_string()).await?),
+        })
+    }
+}
+
+/// An open way to ask Postgres for one cancel.
+pub(crate) enum CancelSocket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl CancelSocket {
     /// Asks Postgres to cancel what runs on the connection of `token`, and returns when it has acted: the
     /// server closes the socket only after the signal is sent. Whoever returns earlier kills the next query.
-    pub(crate) async fn cancel(&self, token: &CancelToken) -> std::io::Result<()> {
+    pub(crate) async fn cancel(self, token: &CancelToken) -> io::Result<()> {
         match self {
-            Self::Tcp { addr, .. } => cancel_on(TcpStream::connect(addr).await?, token).await,
-            Self::Unix { .. } => cancel_on(UnixStream::connect(self.to_string()).await?, token).await,
+            Self::Tcp(socket) => cancel_on(socket, token).await,
+            Self::Unix(socket) => cancel_on(socket, token).await,
         }
     }
 }
@@ -62,11 +79,11 @@ impl fmt::Display for Peer {
     }
 }
 
-async fn cancel_on<S>(mut socket: S, token: &CancelToken) -> std::io::Result<()>
+async fn cancel_on<S>(mut socket: S, token: &CancelToken) -> io::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    token.cancel_query_raw(&mut socket, NoTls).await.map_err(std::io::Error::other)?;
+    token.cancel_query_raw(&mut socket, NoTls).await.map_err(io::Error::other)?;
     let mut rest = [0; 64];
     while socket.read(&mut rest).await? > 0 {}
     Ok(())
@@ -78,10 +95,11 @@ pub(crate) fn parse(connection: &str) -> Result<Config, Error> {
     if config.get_ssl_mode() == SslMode::Require {
         return Err(Error::config(no_tls("require")));
     }
-    // A password with an @ ends at the first one, and its rest would be shown as the host.
-    if config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if name.contains('@'))) {
+    // A password with an @ ends at the first one, and its rest would be shown as the host or the database.
+    let before_options = connection.split('?').next().unwrap_or_default();
+    if connection.contains("://") && before_options.matches('@').count() > 1 {
         return Err(Error::config(
-            "the host in the connection string has an @: write an @ in a password as %40",
+            "the connection string has more than one @: write an @ in a password as %40",
         ));
     }
     if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
@@ -171,7 +189,7 @@ async fn resolve((host, addr): &Named, port: u16) -> Result<Vec<Peer>, Error> {
         (Host::Tcp(host), Some(ip)) => Ok(vec![Peer::Tcp { host: host.clone(), addr: (*ip, port).into() }]),
         (Host::Tcp(host), None) => {
             let found = tokio::time::timeout(CONNECT_TIMEOUT, lookup_host((host.as_str(), port))).await;
-            let found = found.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()));
+            let found = found.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
             let found = found.map_err(|error| Error::unreachable(format_args!("{host}:{port}"), error))?;
             Ok(found.map(|addr| Peer::Tcp { host: host.clone(), addr }).collect())
         }
@@ -186,8 +204,8 @@ pub(crate) async fn connect_one(config: &Config, peer: &Peer) -> Result<(Client,
         Ok(Err(error)) => Err(Error::connect(peer, error)),
         Err(_) => Err(Error::unreachable(
             peer,
-            std::io::Error::new(
-                std::io::ErrorKind::TimedOut,
+            io::Error::new(
+                io::ErrorKind::TimedOut,
                 format!("no answer within {} s (connect_timeout)", limit.as_secs()),
             ),
         )),
@@ -267,6 +285,7 @@ mod tests {
             "host=h user=u password=secret port=x",
             "postgres://u:secret@h:port/d",
             "postgres://u:p4@secret@127.0.0.1:1/d",
+            "postgres://u:p4@b/secret@127.0.0.1:1/d",
             "mysql://u:secret@h/d",
             "postgres://u:secret@h/d?nonsense=secret",
             "u:secret@h",

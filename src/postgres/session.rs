@@ -2,7 +2,8 @@
 
 use std::io;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -31,6 +32,8 @@ pub(crate) struct Session {
     peer: Peer,
     schema: Option<String>,
     wire: AbortHandle,
+    /// Why the connection broke.
+    broken: Arc<OnceLock<String>>,
     /// One permit: held by the query that runs, and by the clean-up behind it. Closed with the connection.
     turn: Arc<Semaphore>,
 }
@@ -42,9 +45,13 @@ impl Session {
             tracing::warn!("{warning}");
         }
         let schema = wire.parameter("search_path").and_then(first_schema);
+        let broken = Arc::new(OnceLock::new());
+        let cause = Arc::clone(&broken);
         let wire = tokio::spawn(async move {
-            // Whoever waits for an answer gets the error; there is nobody else to tell.
-            let _ = wire.await;
+            // Whoever waits for an answer only learns that the connection is closed.
+            if let Err(error) = wire.await {
+                let _ = cause.set(describe(&error));
+            }
         });
         Ok(Self {
             client,
@@ -52,6 +59,7 @@ impl Session {
             peer,
             schema,
             wire: wire.abort_handle(),
+            broken,
             turn: Arc::new(Semaphore::new(1)),
         })
     }
@@ -104,6 +112,8 @@ pub(crate) struct Lease {
     session: Arc<Session>,
     /// Of the query; a cancel is told below it.
     span: QuerySpan,
+    /// Something was sent whose end was not seen.
+    running: AtomicBool,
     _turn: OwnedSemaphorePermit,
 }
 
@@ -113,7 +123,12 @@ pub(crate) struct Cancelled;
 
 impl Lease {
     pub(crate) fn new(session: &Arc<Session>, turn: OwnedSemaphorePermit, span: &QuerySpan) -> Self {
-        Self { session: Arc::clone(session), span: span.clone(), _turn: turn }
+        Self {
+            session: Arc::clone(session),
+            span: span.clone(),
+            running: AtomicBool::new(false),
+            _turn: turn,
+        }
     }
 
     /// Prepares a statement and refuses it unless it gives one column of JSON.
@@ -122,7 +137,9 @@ impl Lease {
         sql: &str,
         gone: impl Future<Output = ()>,
     ) -> Result<Result<Statement, Error>, Cancelled> {
-        Ok(match self.until_gone(self.session.client.prepare(sql), gone, async |_| ()).await? {
+        let prepared = self.until_gone(self.session.client.prepare(sql), gone, async |_| ()).await?;
+        self.runs(false);
+        Ok(match prepared {
             Ok(statement) => check_column(&statement).map(|()| statement),
             Err(error) => Err(self.explain(Error::query(error)).await),
         })
@@ -143,7 +160,10 @@ impl Lease {
         };
         Ok(match self.until_gone(self.session.client.query_raw(statement, values), gone, end).await? {
             Ok(rows) => Ok(RawRows::new(rows)),
-            Err(error) => Err(self.explain(Error::query(error)).await),
+            Err(error) => {
+                self.runs(false);
+                Err(self.explain(Error::query(error)).await)
+            }
         })
     }
 
@@ -153,13 +173,15 @@ impl Lease {
         if !rows.is_done() {
             self.cancel_until(to_end(rows)).await;
         }
+        self.runs(false);
     }
 
-    /// Reads what is left, up to `ReadyForQuery`.
+    /// Reads what is left of a query that Postgres has ended, up to `ReadyForQuery`.
     pub(crate) async fn finish(&self, rows: RawRows) {
         if !rows.is_done() && timeout(CLEAN_UP, to_end(rows)).await.is_err() {
             self.session.discard();
         }
+        self.runs(false);
     }
 
     /// Adds to an error that ended the connection whether the server is still there.
@@ -168,6 +190,10 @@ impl Lease {
             return error;
         }
         let session = &self.session;
+        let error = match session.broken.get() {
+            Some(cause) if error.sqlstate().is_none() => error.with_note(cause),
+            _ => error,
+        };
         let probe = connect::connect_one(&session.config, &session.peer);
         let Ok(answer) = timeout(POST_MORTEM, probe).await else {
             return error.with_note("the server does not answer");
@@ -191,6 +217,7 @@ impl Lease {
         gone: impl Future<Output = ()>,
         end: impl AsyncFnOnce(T),
     ) -> Result<T, Cancelled> {
+        self.runs(true);
         let mut request = pin!(request);
         tokio::select! {
             biased;
@@ -198,7 +225,12 @@ impl Lease {
             () = gone => {}
         }
         self.cancel_until(async { end(request.await).await }).await;
+        self.runs(false);
         Err(Cancelled)
+    }
+
+    fn runs(&self, running: bool) {
+        self.running.store(running, Ordering::Relaxed);
     }
 
     /// Asks Postgres to cancel until `end`, the end of what runs, has come; closes the connection if it does not
@@ -222,13 +254,30 @@ impl Lease {
     }
 }
 
-/// Fails if Postgres could not be asked.
+impl Drop for Lease {
+    fn drop(&mut self) {
+        // The task was dropped in the midst of it, with its runtime or by a panic: nobody reads the rest.
+        if self.running.load(Ordering::Relaxed) {
+            self.session.discard();
+        }
+    }
+}
+
+/// Fails if a request may still be under way: it could hit the next query.
 async fn cancel_until(peer: &Peer, token: &CancelToken, end: impl Future<Output = ()>) -> io::Result<()> {
     let mut end = pin!(end);
     let mut patience = PATIENCE;
     loop {
-        // Awaited to its end, always: a cancel that is still under way could hit the next query.
-        peer.cancel(token).await?;
+        let socket = tokio::select! {
+            biased;
+            () = &mut end => return Ok(()),
+            socket = peer.cancel_socket() => socket,
+        };
+        // A socket that could not be opened has sent nothing: the next one may do better.
+        if let Ok(socket) = socket {
+            // Awaited to its end, always.
+            socket.cancel(token).await?;
+        }
         if timeout(patience, &mut end).await.is_ok() {
             return Ok(());
         }

@@ -416,3 +416,32 @@ async fn a_stream_dropped_within_a_transaction_aborts_only_its_query() {
     assert_eq!(rows_of(db.query::<Doc>("t").stream().await.unwrap()).await.len(), 3);
     db.client().await.unwrap().batch_execute("COMMIT").await.unwrap();
 }
+
+/// A way to the server that is closed for every connection but the first.
+async fn one_way(port: u16) -> u16 {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let way = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        let (mut client, _) = listener.accept().await.unwrap();
+        drop(listener);
+        let mut server = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+    });
+    way
+}
+
+#[tokio::test]
+async fn a_cancel_that_cannot_be_sent_leaves_the_connection_to_the_querys_own_end() {
+    let database = Database::with(&format!(
+        "CREATE VIEW nap AS SELECT to_jsonb(1) AS data FROM pg_sleep(0.3); {}",
+        table_script("t", 10, 0)
+    ));
+    let port = crate::server::shared().port();
+    let way = one_way(port).await;
+    let mut db = connect(&database.url.replace(&port.to_string(), &way.to_string())).await;
+    let stream = db.query::<Value>("nap").stream().await.unwrap();
+    yields(10).await;
+    drop(stream);
+    let rows = rows_of(db.query::<Doc>("t").order_by("id").stream().await.unwrap()).await;
+    assert_eq!(ids(&rows), (0..10).collect::<Vec<_>>());
+}

@@ -241,3 +241,24 @@ fn a_connection_whose_runtime_has_gone_is_closed() {
     let mut again: Connection = elsewhere.block_on(database.connect());
     assert!(elsewhere.block_on(backend_of(&mut again)) > 0);
 }
+
+#[test]
+fn a_connection_whose_query_was_lost_with_a_runtime_is_closed_and_does_not_hang() {
+    let database = database();
+    without_panic_or_hang("query-lost", move || {
+        let (home, brief) = (multi_thread("query-lost"), current_thread(""));
+        let (admin, mut db) = home.block_on(async { (database.admin().await, database.connect().await) });
+        let pid = home.block_on(backend_of(&mut db));
+        let stream = brief.block_on(async {
+            let stream = db.query::<Value>("silent").stream().await.unwrap();
+            admin.until_waits_for(pid, "Timeout").await;
+            stream
+        });
+        // With it goes the task that reads, before the query has ended.
+        drop(brief);
+        drop(stream);
+        assert!(db.is_closed());
+        let error = home.block_on(db.query::<Doc>("slow").stream()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Disconnected);
+    });
+}

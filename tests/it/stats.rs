@@ -291,3 +291,37 @@ async fn the_statistics_read_as_one_line() {
         assert!(text.contains(part), "{part:?} in {text}");
     }
 }
+
+#[tokio::test]
+async fn waiting_for_postgres_to_accept_a_query_is_source_wait() {
+    let database = Database::with(&table_script("t", 1, 0));
+    let (locker, mut db) = (database.admin().await, database.connect().await);
+    locker.client.batch_execute("BEGIN; LOCK TABLE t").await.unwrap();
+    let unlock = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        locker.client.batch_execute("ROLLBACK").await.unwrap();
+    };
+    let (stream, ()) = tokio::join!(db.query::<Doc>("t").stream(), unlock);
+    let mut stream = stream.unwrap();
+    read_all(&mut stream).await;
+    let stats = stream.stats();
+    assert!(stats.time.source_wait > Duration::from_millis(400), "{stats:?}");
+    assert_eq!(stats.verdict(), Verdict::SourceBound, "{stats:?}");
+}
+
+#[tokio::test]
+async fn a_pause_counts_as_one_also_when_a_wait_was_given_up_for_it() {
+    let database = Database::with(SILENT);
+    let mut db = database.connect().await;
+    let mut stream = db.query::<Value>("silent").stream().await.unwrap();
+    let patience = Duration::from_millis(50);
+    assert!(tokio::time::timeout(patience, stream.next()).await.is_err());
+    stream.pause();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let paused = stream.stats().time.paused;
+    // The next poll ends the pause.
+    assert!(tokio::time::timeout(patience, stream.next()).await.is_err());
+    let stats = stream.stats();
+    assert!(stats.time.paused >= paused && paused >= Duration::from_millis(450), "{paused:?}, {stats:?}");
+    assert!(stats.time.scheduled < patience, "{stats:?}");
+}
