@@ -7,7 +7,6 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
 
 use crate::chunk::{Chunk, Filling};
 use crate::config::Limits;
@@ -245,6 +244,10 @@ impl Receiver {
         &self.shared.gauge
     }
 
+    pub(crate) fn witness(&self) -> Witness {
+        Witness(Arc::clone(&self.shared))
+    }
+
     /// Gives back the memory of a chunk.
     pub(crate) fn give_back(&mut self, emptied: Filling) {
         self.emptied = emptied;
@@ -273,15 +276,6 @@ impl Receiver {
         drop(state);
         wake(producer);
         Some(taken)
-    }
-
-    /// While this side waits, a timer of its own is due in `left`; see `Ledger::expect_timer`.
-    pub(crate) fn expect_timer(&mut self, left: Duration) {
-        let state = self.shared.lock();
-        let ledger = &self.shared.gauge.ledger;
-        let left = u64::try_from(left.as_nanos()).unwrap_or(u64::MAX);
-        ledger.expect_timer(ledger.now().saturating_add(left));
-        drop(state);
     }
 
     /// The time from here to the next take or `resume` is the caller's wish, nobody's slowness.
@@ -329,6 +323,28 @@ impl Receiver {
         drop(state);
         drop(rows);
         wake(producer);
+    }
+}
+
+/// Holds no end of the channel; tells the ledger whether the runtime is alive.
+#[derive(Debug)]
+pub(crate) struct Witness(Arc<Shared>);
+
+impl Witness {
+    pub(crate) fn now(&self) -> Nanos {
+        self.0.gauge.ledger.now()
+    }
+
+    /// A timer is due in `left`; see `Ledger::expect_timer`.
+    pub(crate) fn expect_timer(&self, left: Nanos) {
+        let state = self.0.lock();
+        let ledger = &self.0.gauge.ledger;
+        ledger.expect_timer(ledger.now().saturating_add(left));
+        drop(state);
+    }
+
+    pub(crate) fn timer_fired(&self) {
+        self.0.gauge.ledger.timer_fired();
     }
 }
 

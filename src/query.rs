@@ -14,6 +14,7 @@ use crate::connection::Connection;
 use crate::decode::FromJson;
 use crate::error::{Error, Result};
 use crate::postgres::{self, Cancelled, Lease, Sql, Value};
+use crate::probe::Probe;
 use crate::producer;
 use crate::stats::Observer;
 use crate::stream::{JsonStream, Parts, Predicate};
@@ -154,7 +155,14 @@ impl<'p, T: FromJson, C: BorrowMut<Connection>> Query<'p, T, C> {
         };
         let recorder = self.record(observer.clone(), &text);
         let span = recorder.span().clone();
-        let mut parts = Parts { receiver, predicate: self.predicate, observer: observer.clone(), recorder };
+        let probe = Probe::new(receiver.witness());
+        let mut parts = Parts {
+            receiver,
+            predicate: self.predicate,
+            observer: observer.clone(),
+            recorder,
+            probe: Arc::clone(&probe),
+        };
 
         let (types, prepared) = oneshot::channel();
         let (bind, values) = oneshot::channel();
@@ -164,6 +172,7 @@ impl<'p, T: FromJson, C: BorrowMut<Connection>> Query<'p, T, C> {
             // Ends with the work, however that ends.
             let mut beside = JoinSet::new();
             beside.spawn(telemetry::heartbeat(observer, span));
+            beside.spawn(probe.run());
             work.await;
         });
         parts.receiver.wait_for_start();

@@ -26,7 +26,9 @@ pub enum Verdict {
     ConsumerBound,
     /// Your code waits for rows: Postgres or the network is slow.
     SourceBound,
-    /// Rows are there and your code waits for them, but the async runtime does not run the task.
+    /// Rows are there and your code waits for them, but the async runtime does not run the task: something
+    /// blocks its threads. (Or the task itself is busy with something else while it waits for a row, as in a
+    /// `select!` with a branch that does long work: from here that looks the same.)
     RuntimeBound,
     /// No side waits much longer than another.
     Balanced,

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 
@@ -12,7 +13,7 @@ use crate::chunk::Chunk;
 use crate::connection::Connection;
 use crate::decode::{FromJson, InHand, Sampler};
 use crate::error::{Error, Result};
-use crate::probe::RuntimeProbe;
+use crate::probe::Probe;
 use crate::stats::{Observer, Progress, Stats};
 use crate::telemetry::{Batch, Recorder};
 use crate::time::Nanos;
@@ -64,7 +65,7 @@ pub struct JsonStream<T: FromJson, C = Connection> {
     ended: bool,
     predicate: Option<Predicate<T>>,
     sampler: Sampler,
-    runtime: RuntimeProbe,
+    probe: Arc<Probe>,
     observer: Observer,
     recorder: Recorder,
     /// When the poll began that waits for a chunk.
@@ -80,6 +81,7 @@ pub(crate) struct Parts<T> {
     pub(crate) predicate: Option<Predicate<T>>,
     pub(crate) observer: Observer,
     pub(crate) recorder: Recorder,
+    pub(crate) probe: Arc<Probe>,
 }
 
 impl<T: FromJson, C> JsonStream<T, C> {
@@ -90,7 +92,7 @@ impl<T: FromJson, C> JsonStream<T, C> {
             ended: false,
             predicate: parts.predicate,
             sampler: Sampler::default(),
-            runtime: RuntimeProbe::new(),
+            probe: parts.probe,
             observer: parts.observer,
             recorder: parts.recorder,
             polled: None,
@@ -171,10 +173,7 @@ impl<T: FromJson, C> JsonStream<T, C> {
     fn poll_take(&mut self, cx: &mut Context<'_>) -> Poll<Taken> {
         let polled = self.polling();
         let taken = self.receiver.poll_take(cx, polled);
-        if taken.is_pending() {
-            self.waited = true;
-            self.runtime.watch(cx, &mut self.receiver);
-        }
+        self.waited |= taken.is_pending();
         taken
     }
 
@@ -212,7 +211,7 @@ impl<T: FromJson, C> JsonStream<T, C> {
         // What counts is what the poll found, not what it waited for.
         let mut found = occupancy;
         if std::mem::take(&mut self.waited) {
-            self.runtime.rows_came(polled, now);
+            self.probe.rows_came(polled, now);
             found = Occupancy::default();
         }
         let batch = Batch {

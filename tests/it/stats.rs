@@ -325,3 +325,16 @@ async fn a_pause_counts_as_one_also_when_a_wait_was_given_up_for_it() {
     assert!(stats.time.paused >= paused && paused >= Duration::from_millis(450), "{paused:?}, {stats:?}");
     assert!(stats.time.scheduled < patience, "{stats:?}");
 }
+
+#[tokio::test]
+async fn a_wait_that_was_given_up_is_not_the_runtimes_delay() {
+    let database = Database::with(SILENT);
+    let mut db = database.connect().await;
+    let mut stream = db.query::<Value>("silent").stream().await.unwrap();
+    assert!(tokio::time::timeout(Duration::from_millis(50), stream.next()).await.is_err());
+    // The task is elsewhere, and the runtime well.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let stats = stream.stats();
+    assert!(stats.time.scheduled < Duration::from_millis(50), "{stats:?}");
+    assert_ne!(stats.verdict(), Verdict::RuntimeBound, "{stats:?}");
+}
