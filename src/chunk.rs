@@ -26,6 +26,7 @@ impl Filling {
         self.ends.reserve(rows);
     }
 
+    #[inline]
     pub(crate) fn push(&mut self, payload: &[u8]) {
         if payload.len() > LARGE {
             // No room to spare, or a megabyte would pin two.

@@ -120,6 +120,7 @@ impl Default for Text {
 }
 
 impl Text {
+    #[inline]
     fn row(&self, row: Range<usize>) -> Result<&str, std::str::Utf8Error> {
         match self {
             // Rows end between characters where each of them is UTF-8; where two are broken in the middle
@@ -178,22 +179,32 @@ impl<T: FromJson> InHand<T> {
 }
 
 /// Measures decoding by samples: reading the clock twice a row would cost a tenth of a small row.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Sampler {
-    /// Bytes decoded since the last sample.
+    /// The last sample: how long it took to decode so many bytes.
+    sample: (Nanos, usize),
+    /// Bytes since then, and how many may pass before the next one.
+    since: usize,
+    every: usize,
+    /// Bytes that were decoded and are not accounted for, and how long rows were in hand meanwhile, up to `at`.
     bytes: usize,
-    /// The next row is measured.
-    due: bool,
-    /// Since when the chunk has been in hand, or since the last sample.
-    at: Nanos,
-    /// How long rows were in hand between the last sample and `at`.
     held: Nanos,
+    at: Nanos,
+    /// Rows since `at`.
     rows: u64,
+}
+
+impl Default for Sampler {
+    fn default() -> Self {
+        Self { sample: (0, 1), since: 0, every: Self::FIRST, bytes: 0, held: 0, at: 0, rows: 0 }
+    }
 }
 
 impl Sampler {
     /// A row out of so many bytes is measured.
-    const EVERY: usize = 4096;
+    const EVERY: usize = 8192;
+    /// The first one soon, for short streams; not at once, since a first row finds cold caches.
+    const FIRST: usize = 512;
     /// Where rows are further apart than this, reading the clock for each is nothing.
     const SLOW: Nanos = 10_000;
 
@@ -204,8 +215,11 @@ impl Sampler {
     }
 
     /// It is done with: what comes is waiting.
-    pub(crate) fn end(&mut self, now: Nanos) {
-        self.held += now.saturating_sub(self.at);
+    pub(crate) fn end(&mut self, stream: &Observer, now: Nanos) {
+        self.hold(now);
+        if self.sample.0 > 0 {
+            self.account(stream);
+        }
     }
 
     /// Decodes the next row of the chunk in hand.
@@ -215,9 +229,10 @@ impl Sampler {
         chunk: &mut InHand<T>,
     ) -> Option<Result<T, Error>> {
         let row = chunk.next()?;
+        self.since += row.len();
         self.bytes += row.len();
         self.rows += 1;
-        if self.due || self.bytes >= Self::EVERY {
+        if self.since >= self.every {
             return Some(self.measure(stream, chunk, row));
         }
         Some(chunk.decode(row))
@@ -234,15 +249,27 @@ impl Sampler {
         let start = ledger.now();
         let value = chunk.decode(row);
         let end = ledger.now();
-        // The sample stands for all bytes since the one before, and for no more than the time since then: where
-        // the thread lost its core just here, it does not.
-        let spent = u128::from(end - start) * self.bytes as u128 / size as u128;
-        let in_hand = end.saturating_sub(self.at);
-        ledger.decoded(u64::try_from(spent).unwrap_or(u64::MAX).min(self.held + in_hand));
         stream.progress.last_row.store(end, Ordering::Relaxed);
-        self.due = in_hand / self.rows > Self::SLOW;
-        (self.bytes, self.at, self.held, self.rows) = (0, end, 0, 0);
+        let is_slow = end.saturating_sub(self.at) / self.rows.max(1) > Self::SLOW;
+        (self.since, self.every) = (0, if is_slow { 0 } else { Self::EVERY });
+        self.sample = (end - start, size);
+        self.hold(end);
+        self.account(stream);
         value
+    }
+
+    fn hold(&mut self, now: Nanos) {
+        self.held += now.saturating_sub(self.at);
+        (self.at, self.rows) = (now, 0);
+    }
+
+    /// The last sample stands for all bytes not accounted for, but for no more time than has passed: where the
+    /// thread lost its core in the row that was measured, it does not.
+    fn account(&mut self, stream: &Observer) {
+        let (spent, size) = self.sample;
+        let spent = u128::from(spent) * self.bytes as u128 / size as u128;
+        stream.gauge.ledger.decoded(u64::try_from(spent).unwrap_or(u64::MAX).min(self.held));
+        (self.bytes, self.held) = (0, 0);
     }
 }
 
@@ -298,19 +325,31 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_sample_stands_for_no_more_time_than_has_passed() {
+    /// Decodes the rows of one chunk; how many nanoseconds are put down to it.
+    fn decoding(rows: &[&[u8]]) -> Nanos {
         let (clock, hand) = manual();
         HAND.set(hand);
         let gauge = Arc::new(Gauge::new(256, 1 << 20, clock));
         let stream = Observer { entity: "t".into(), gauge, progress: Arc::default() };
         let (mut sampler, mut in_hand) = (Sampler::default(), InHand::<Slow>::default());
-        let long = format!("{:>1$}", 3_000, Sampler::EVERY - 5);
-        // The thread loses its core in the midst of the row that is measured.
-        in_hand.take(chunk::of(&[long.as_bytes(), b"50000"]));
+        in_hand.take(chunk::of(rows));
         while let Some(row) = sampler.decode(&stream, &mut in_hand) {
             row.unwrap();
         }
-        assert_eq!(stream.gauge.ledger.read_decode(), 53_000);
+        sampler.end(&stream, stream.gauge.ledger.now());
+        stream.gauge.ledger.read_decode()
+    }
+
+    #[test]
+    fn a_sample_stands_for_no_more_time_than_has_passed() {
+        let long = format!("{:>1$}", 3_000, Sampler::FIRST - 5);
+        // The thread loses its core in the midst of the row that is measured.
+        assert_eq!(decoding(&[long.as_bytes(), b"50000"]), 53_000);
+    }
+
+    #[test]
+    fn a_short_stream_has_its_decoding_too() {
+        let row = format!("{:>100}", 200);
+        assert_eq!(decoding(&[row.as_bytes(); 20]), 20 * 200);
     }
 }

@@ -33,7 +33,7 @@ impl Probe {
 
     pub(crate) fn new(witness: Witness) -> Arc<Self> {
         // Nothing is known of the first waits.
-        let alert = AtomicU64::new(Self::ALERT * nanos(Self::NEAR));
+        let alert = AtomicU64::new(nanos(Self::NEAR));
         Arc::new(Self { witness, alert, hurry: Notify::new() })
     }
 

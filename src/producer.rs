@@ -68,6 +68,7 @@ impl Cutter {
     }
 
     /// Adds a row, or holds it if it does not fit.
+    #[inline]
     fn push(&mut self, row: &[u8]) {
         let most = if self.filling.rows() == 0 {
             self.room.bytes
@@ -81,6 +82,7 @@ impl Cutter {
         }
     }
 
+    #[inline]
     fn is_full(&self) -> bool {
         self.filling.rows() >= self.limits.chunk_rows.min(self.room.rows)
             || self.filling.bytes() >= self.limits.chunk_bytes

@@ -183,7 +183,7 @@ impl<T: FromJson, C> JsonStream<T, C> {
             return polled;
         }
         let now = self.observer.gauge.ledger.now();
-        self.sampler.end(now);
+        self.sampler.end(&self.observer, now);
         self.receiver.give_back(self.chunk.put_down());
         self.recorder.polled(now);
         self.polled = Some(now);

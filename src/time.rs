@@ -30,7 +30,10 @@ impl Clock {
     pub(crate) fn now(&self) -> Nanos {
         match self {
             // 584 years fit into a u64 of nanoseconds.
-            Self::Monotonic(start) => u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            Self::Monotonic(start) => {
+                let age = start.elapsed();
+                age.as_secs() * 1_000_000_000 + u64::from(age.subsec_nanos())
+            }
             #[cfg(test)]
             Self::Manual(now) => now.load(Ordering::Relaxed),
         }

@@ -225,6 +225,7 @@ const NULL: &[u8] = b"null";
 struct Json<'a>(&'a [u8]);
 
 impl<'a> FromSql<'a> for Json<'a> {
+    #[inline]
     fn from_sql(ty: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn StdError + Sync + Send>> {
         // jsonb comes with the number of its format before the text.
         let text =
