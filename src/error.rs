@@ -182,8 +182,12 @@ fn ends_connection(error: &tokio_postgres::Error) -> bool {
 
 /// Whether the network failed. What can't be encoded or parsed comes as an `io::Error` too.
 fn is_io(error: &tokio_postgres::Error) -> bool {
-    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref::<io::Error>());
-    source.is_some_and(|io| !matches!(io.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData))
+    io_cause(error)
+        .is_some_and(|io| !matches!(io.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData))
+}
+
+pub(crate) fn io_cause(error: &tokio_postgres::Error) -> Option<&io::Error> {
+    std::error::Error::source(error)?.downcast_ref()
 }
 
 const WHERE: &str = "; check host and port, and that Postgres takes connections there";

@@ -15,7 +15,7 @@ use tracing::Instrument;
 
 use super::connect::{self, Peer};
 use super::rows::{RawRows, Value, check_column};
-use crate::error::{Error, ErrorKind, describe};
+use crate::error::{Error, ErrorKind, describe, io_cause};
 use crate::source::Source;
 use crate::telemetry::QuerySpan;
 
@@ -49,7 +49,9 @@ impl Session {
         let cause = Arc::clone(&broken);
         let wire = tokio::spawn(async move {
             // Whoever waits for an answer only learns that the connection is closed.
-            if let Err(error) = wire.await {
+            if let Err(error) = wire.await
+                && tells(&error)
+            {
                 let _ = cause.set(describe(&error));
             }
         });
@@ -200,13 +202,12 @@ impl Lease {
         };
         let alive = "the server still answers: only this backend is gone";
         let Err(refusal) = answer else { return error.with_note(alive) };
-        match refusal.sqlstate() {
-            Some(&SqlState::CANNOT_CONNECT_NOW) => {
-                error.with_note(&format!("the whole server goes down or comes up: {}", reason(&refusal)))
-            }
-            Some(_) => error.with_note(alive),
-            None => error.with_note(&format!("the whole server is gone: {}", reason(&refusal))),
-        }
+        let state = match (refusal.sqlstate(), is_refused(&refusal)) {
+            (Some(&SqlState::CANNOT_CONNECT_NOW), _) | (None, false) => "goes down or comes up",
+            (Some(_), _) => return error.with_note(alive),
+            (None, true) => "is gone",
+        };
+        error.with_note(&format!("the whole server {state}: {}", reason(&refusal)))
     }
 
     /// Runs a request up to its answer. If the consumer goes first, Postgres is asked to cancel, and the request
@@ -290,6 +291,21 @@ async fn to_end(mut rows: RawRows) {
     // A lost connection yields its error for ever.
     let lost = |error: &Error| error.kind() == ErrorKind::Disconnected;
     while next().await.is_some_and(|row| !row.as_ref().is_err_and(lost)) {}
+}
+
+/// Whether the end of a connection has a cause of its own, beyond its being over.
+fn tells(error: &tokio_postgres::Error) -> bool {
+    error.as_db_error().is_some() || io_cause(error).is_some_and(|io| io.raw_os_error().is_some())
+}
+
+/// Whether nobody listens; a server that restarts takes connections, and drops them.
+fn is_refused(error: &Error) -> bool {
+    let source = std::error::Error::source(error);
+    let io = match source.and_then(|source| source.downcast_ref::<tokio_postgres::Error>()) {
+        Some(error) => io_cause(error),
+        None => source.and_then(|source| source.downcast_ref::<io::Error>()),
+    };
+    io.is_some_and(|io| matches!(io.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound))
 }
 
 /// Why a connection could not be made, in the server's or the system's words.

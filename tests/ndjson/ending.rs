@@ -12,7 +12,7 @@ use backends::wait_until;
 
 use crate::support::{AT_ONCE, Database, Running, SOON, ndjson, next_line, stats, text};
 
-/// Without end and fast; silent at once; silent after the first row.
+/// Without end and fast; silent at once; silent after the first row, or after two where Postgres sends both (from 17 on).
 const VIEWS: &str = "
     CREATE VIEW flowing AS SELECT to_jsonb(repeat('x', 1000)) AS data, generate_series(1, 100000000);
     CREATE VIEW silent AS SELECT to_jsonb(1) AS data FROM pg_sleep(600);
@@ -129,7 +129,7 @@ fn a_signal_has_the_last_stats_told() {
     let errors: Vec<String> = running.stderr().lines().map_while(Result::ok).collect();
     let stats = stats(&errors.join("\n"));
     let last = stats.last().unwrap();
-    assert_eq!((&last["rows"], &last["ended"]), (&1.into(), &true.into()));
+    assert!([1, 2].contains(&last["rows"].as_u64().unwrap()) && last["ended"] == true, "{last}");
     assert_eq!(running.end(AT_ONCE).code(), Some(143));
 }
 
@@ -195,7 +195,7 @@ fn a_file_has_no_reader_who_could_leave() {
     let file = std::env::temp_dir().join(format!("ndjson-test-{}", std::process::id()));
     let mut command = database.ndjson(&["one"]);
     let running = Running::start(command.stdout(File::create(&file).unwrap()));
-    assert!(wait_until(SOON, || { std::fs::metadata(&file).is_ok_and(|meta| meta.len() == 20_003) }));
+    assert!(wait_until(SOON, || { std::fs::metadata(&file).is_ok_and(|meta| meta.len() >= 20_003) }));
     std::fs::remove_file(&file).unwrap();
     assert_stops(running, SIGNALS[0], &database);
 }
