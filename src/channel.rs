@@ -335,16 +335,12 @@ impl Witness {
         self.0.gauge.ledger.now()
     }
 
-    /// A timer is due in `left`; see `Ledger::expect_timer`.
+    /// A timer's task runs, and will again in `left`; see `Ledger::expect_timer`.
     pub(crate) fn expect_timer(&self, left: Nanos) {
         let state = self.0.lock();
         let ledger = &self.0.gauge.ledger;
         ledger.expect_timer(ledger.now().saturating_add(left));
         drop(state);
-    }
-
-    pub(crate) fn timer_fired(&self) {
-        self.0.gauge.ledger.timer_fired();
     }
 }
 

@@ -14,10 +14,7 @@ pub(crate) struct Filling {
 impl Filling {
     /// Uses the memory of a chunk that is done with once more; what is too large to be kept is freed.
     pub(crate) fn again(data: Vec<u8>, ends: Vec<usize>) -> Self {
-        let mut emptied = Self { data: if data.capacity() > LARGE { Vec::new() } else { data }, ends };
-        emptied.data.clear();
-        emptied.ends.clear();
-        emptied
+        Self { data: emptied(data), ends: emptied(ends) }
     }
 
     /// Makes room for a chunk that will probably be like one of so many rows and bytes.
@@ -36,10 +33,14 @@ impl Filling {
         self.ends.push(self.data.len());
     }
 
-    /// Begins with a row that was set aside before; its memory is used on.
+    /// Begins with a row that was set aside before; where it is large, its memory is used on.
     pub(crate) fn adopt(&mut self, row: Vec<u8>) {
         self.ends.push(row.len());
-        self.data = row;
+        if row.len() <= self.data.capacity() {
+            self.data.extend_from_slice(&row);
+        } else {
+            self.data = row;
+        }
     }
 
     pub(crate) fn rows(&self) -> usize {
@@ -53,6 +54,14 @@ impl Filling {
     pub(crate) fn finish(self) -> Chunk {
         Chunk { data: self.data, ends: self.ends }
     }
+}
+
+fn emptied<T>(mut memory: Vec<T>) -> Vec<T> {
+    if memory.capacity() * size_of::<T>() > LARGE {
+        return Vec::new();
+    }
+    memory.clear();
+    memory
 }
 
 /// Rows on their way to the consumer, in order, end to end.

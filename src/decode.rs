@@ -203,15 +203,18 @@ impl Default for Sampler {
 impl Sampler {
     /// A row out of so many bytes is measured.
     const EVERY: usize = 8192;
-    /// The first one soon, for short streams; not at once, since a first row finds cold caches.
+    /// The first one soon, for short streams; not at once where rows are small: the first finds cold caches.
     const FIRST: usize = 512;
     /// Where rows are further apart than this, reading the clock for each is nothing.
     const SLOW: Nanos = 10_000;
 
     /// A chunk comes to hand.
     pub(crate) fn begin(&mut self, now: Nanos) {
-        self.at = now;
-        self.rows = 0;
+        if self.bytes == 0 {
+            // What passed since the last one was waiting.
+            self.held = 0;
+        }
+        (self.at, self.rows) = (now, 0);
     }
 
     /// It is done with: what comes is waiting.

@@ -196,14 +196,15 @@ const WHERE: &str = "; check host and port, and that Postgres takes connections 
 fn advice(error: &tokio_postgres::Error) -> &'static str {
     let Some(db) = error.as_db_error() else { return "" };
     match *db.code() {
-        SqlState::UNDEFINED_TABLE => {
+        SqlState::UNDEFINED_TABLE if db.message().starts_with("relation ") => {
             "; an entity is the name of a table or view: case counts, and without a schema it is looked up in search_path"
         }
         SqlState::UNDEFINED_COLUMN if db.message().contains("\"data\"") => {
             "; documents are read from a column named data: stream a view that has one"
         }
-        SqlState::INVALID_PASSWORD | SqlState::INVALID_AUTHORIZATION_SPECIFICATION => {
-            "; check user and password in the connection string"
+        SqlState::INVALID_PASSWORD => "; check user and password in the connection string",
+        SqlState::INVALID_AUTHORIZATION_SPECIFICATION if db.message().contains("pg_hba.conf") => {
+            "; the server admits this user from here only in another way (this version speaks no TLS)"
         }
         SqlState::INVALID_CATALOG_NAME => "; check the database in the connection string",
         _ => "",

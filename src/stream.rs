@@ -72,6 +72,7 @@ pub struct JsonStream<T: FromJson, C = Connection> {
     polled: Option<Nanos>,
     /// It found the channel empty.
     waited: bool,
+    paused: bool,
     connection: Option<C>,
 }
 
@@ -97,6 +98,7 @@ impl<T: FromJson, C> JsonStream<T, C> {
             recorder: parts.recorder,
             polled: None,
             waited: false,
+            paused: false,
             connection: Some(connection),
         }
     }
@@ -115,6 +117,7 @@ impl<T: FromJson, C> JsonStream<T, C> {
     /// # }
     /// ```
     pub fn next_ready(&mut self) -> Option<Result<T>> {
+        self.resume();
         loop {
             if let Some(row) = self.next_in_chunk() {
                 return Some(row);
@@ -153,6 +156,7 @@ impl<T: FromJson, C> JsonStream<T, C> {
     }
 
     fn poll_row(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<T>>> {
+        self.resume();
         loop {
             if let Some(row) = self.next_in_chunk() {
                 return Poll::Ready(Some(row));
@@ -274,13 +278,15 @@ impl<T: FromJson, C> JsonStream<T, C> {
     /// ```
     pub fn pause(&mut self) {
         // A poll that still waits is given up: what comes next is not its time.
-        (self.polled, self.waited) = (None, false);
+        (self.polled, self.waited, self.paused) = (None, false, true);
         self.receiver.pause();
     }
 
     /// Ends a [`pause`](Self::pause).
     pub fn resume(&mut self) {
-        self.receiver.resume();
+        if std::mem::take(&mut self.paused) {
+            self.receiver.resume();
+        }
     }
 
     fn end(&mut self) {

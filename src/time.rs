@@ -129,8 +129,6 @@ pub(crate) struct Ledger {
     producer: Partition<2>,
     /// When the timer that proves the runtime alive is due while the consumer waits; `u64::MAX` for none.
     timer_due: AtomicU64,
-    /// When the runtime fired it; `u64::MAX` while it has not.
-    timer_fired: AtomicU64,
     decode: AtomicU64,
     marks: [Mark; MARKS],
     marked: AtomicUsize,
@@ -160,7 +158,6 @@ impl Ledger {
             consumer: Partition::new(Consumer::Overlap as usize),
             producer: Partition::new(Producer::Source as usize),
             timer_due: AtomicU64::new(Nanos::MAX),
-            timer_fired: AtomicU64::new(Nanos::MAX),
             decode: AtomicU64::new(0),
             marks: std::array::from_fn(|_| Mark {
                 at: AtomicU64::new(0),
@@ -212,21 +209,14 @@ impl Ledger {
         self.producer.is(state as usize)
     }
 
-    /// While the consumer waits, a timer of its own is due at `due`. Call under the channel's lock. What a wait
-    /// lasts from then on, beyond a timer's grain and until the timer fires, was not the source's doing: the
+    /// The runtime runs a timer's task now, and will again at `due`. Call under the channel's lock. What a wait
+    /// lasts from then on, beyond a timer's grain and until the next call, was not the source's doing: the
     /// runtime could not even run a timer.
     pub(crate) fn expect_timer(&self, due: Nanos) {
         self.write(|| {
             self.split_late_wait(self.now());
             self.timer_due.store(due, Ordering::Relaxed);
-            self.timer_fired.store(Nanos::MAX, Ordering::Relaxed);
         });
-    }
-
-    /// The runtime fired the timer. From here on it is not known to be starved, though the task may be busy with
-    /// something else than this stream.
-    pub(crate) fn timer_fired(&self) {
-        self.timer_fired.fetch_min(self.now(), Ordering::Relaxed);
     }
 
     /// Counts `spent` as decoding; it is part of the time in which the consumer holds rows.
@@ -267,14 +257,14 @@ impl Ledger {
         }
     }
 
-    /// How much of the running wait passed between the moment the timer was due and that in which it fired.
+    /// How much of the running wait passed after the timer was due.
     fn late(&self, now: Nanos) -> Nanos {
         if !self.consumer.is(Consumer::SourceWait as usize) {
             return 0;
         }
         let due = self.timer_due.load(Ordering::Relaxed).saturating_add(TIMER_GRACE);
         let since = self.consumer.since.load(Ordering::Relaxed);
-        now.min(self.timer_fired.load(Ordering::Relaxed)).saturating_sub(due.max(since))
+        now.saturating_sub(due.max(since))
     }
 
     fn split_late_wait(&self, now: Nanos) {
@@ -412,19 +402,18 @@ mod tests {
     }
 
     #[test]
-    fn a_timer_that_fired_in_time_acquits_the_runtime() {
+    fn a_timer_that_comes_in_time_acquits_the_runtime() {
         let (clock, hand) = manual();
         let ledger = Ledger::new(clock);
         ledger.consumer(Consumer::SourceWait, 0);
         ledger.expect_timer(MS);
         hand.store(2 * MS, Ordering::Relaxed);
-        ledger.timer_fired();
+        ledger.expect_timer(62 * MS);
         hand.store(60 * MS, Ordering::Relaxed);
         assert_eq!(ledger.read().of(Consumer::Scheduled), 0);
         // The next one is 20 ms late.
-        ledger.expect_timer(62 * MS);
         hand.store(86 * MS, Ordering::Relaxed);
-        ledger.timer_fired();
+        ledger.expect_timer(106 * MS);
         hand.store(100 * MS, Ordering::Relaxed);
         assert_eq!(ledger.read().of(Consumer::Scheduled), 20 * MS);
         ledger.consumer(Consumer::Overlap, 100 * MS);

@@ -43,7 +43,8 @@ impl Guard {
     /// # }
     /// ```
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout;
+        // A day is for ever, and can be added to any moment.
+        self.timeout = timeout.min(Duration::from_secs(24 * 60 * 60));
         self
     }
 

@@ -95,11 +95,13 @@ pub(crate) fn parse(connection: &str) -> Result<Config, Error> {
     if config.get_ssl_mode() == SslMode::Require {
         return Err(Error::config(no_tls("require")));
     }
-    // A password with an @ ends at the first one, and its rest would be shown as the host or the database.
-    let before_options = connection.split('?').next().unwrap_or_default();
-    if connection.contains("://") && before_options.matches('@').count() > 1 {
+    // In a URL, a password with an @ ends at the first one, and its rest would be shown as host or database.
+    let is_url = ["postgres://", "postgresql://"].iter().any(|scheme| connection.starts_with(scheme));
+    let host = |host: &Host| matches!(host, Host::Tcp(name) if name.contains('@'));
+    let database = config.get_dbname().is_some_and(|name| name.contains('@'));
+    if is_url && (database || config.get_hosts().iter().any(host)) {
         return Err(Error::config(
-            "the connection string has more than one @: write an @ in a password as %40",
+            "the host or the database in the connection string has an @: write an @ in a password as %40",
         ));
     }
     if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
@@ -286,6 +288,8 @@ mod tests {
             "postgres://u:secret@h:port/d",
             "postgres://u:p4@secret@127.0.0.1:1/d",
             "postgres://u:p4@b/secret@127.0.0.1:1/d",
+            "postgres://u:p?4@secret@127.0.0.1:1/d",
+            "postgres://u:p?4@b/secret@h/d",
             "mysql://u:secret@h/d",
             "postgres://u:secret@h/d?nonsense=secret",
             "u:secret@h",

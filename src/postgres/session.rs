@@ -163,7 +163,8 @@ impl Lease {
         Ok(match self.until_gone(self.session.client.query_raw(statement, values), gone, end).await? {
             Ok(rows) => Ok(RawRows::new(rows)),
             Err(error) => {
-                self.runs(false);
+                // Only the server's own word says that nothing runs any more.
+                self.runs(error.as_db_error().is_none());
                 Err(self.explain(Error::query(error)).await)
             }
         })
@@ -192,12 +193,14 @@ impl Lease {
             return error;
         }
         let session = &self.session;
+        let probe = connect::connect_one(&session.config, &session.peer);
+        let answer = timeout(POST_MORTEM, probe).await;
+        // The task that knows the cause may have been behind us, but not by as much as that.
         let error = match session.broken.get() {
             Some(cause) if error.sqlstate().is_none() => error.with_note(cause),
             _ => error,
         };
-        let probe = connect::connect_one(&session.config, &session.peer);
-        let Ok(answer) = timeout(POST_MORTEM, probe).await else {
+        let Ok(answer) = answer else {
             return error.with_note("the server does not answer");
         };
         let alive = "the server still answers: only this backend is gone";

@@ -122,9 +122,13 @@ async fn time_in_pause_is_paused_and_counts_for_no_verdict() {
     tokio::time::sleep(Duration::from_millis(20)).await;
     assert_eq!(stream.stats().time.paused, first, "resumed");
 
-    // The next poll ends a pause as well, if it has to take something.
+    // The next poll ends a pause as well, also one that takes a row of the chunk in hand.
     stream.pause();
     tokio::time::sleep(Duration::from_millis(50)).await;
+    rows.push(within(SOON, stream.next()).await.unwrap().unwrap());
+    let second = stream.stats().time.paused;
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert_eq!(stream.stats().time.paused, second, "ended by a poll");
     while let Some(row) = within(SOON, stream.next()).await {
         rows.push(row.unwrap());
     }
@@ -322,8 +326,9 @@ async fn a_pause_counts_as_one_also_when_a_wait_was_given_up_for_it() {
     // The next poll ends the pause.
     assert!(tokio::time::timeout(patience, stream.next()).await.is_err());
     let stats = stream.stats();
-    assert!(stats.time.paused >= paused && paused >= Duration::from_millis(450), "{paused:?}, {stats:?}");
-    assert!(stats.time.scheduled < patience, "{stats:?}");
+    assert!(paused >= Duration::from_millis(450), "{paused:?}");
+    assert!((paused..paused + patience / 2).contains(&stats.time.paused), "{paused:?}, {stats:?}");
+    assert!(stats.time.scheduled < paused / 2, "{stats:?}");
 }
 
 #[tokio::test]
@@ -335,6 +340,6 @@ async fn a_wait_that_was_given_up_is_not_the_runtimes_delay() {
     // The task is elsewhere, and the runtime well.
     tokio::time::sleep(Duration::from_millis(500)).await;
     let stats = stream.stats();
-    assert!(stats.time.scheduled < Duration::from_millis(50), "{stats:?}");
+    assert!(stats.time.scheduled < Duration::from_millis(250), "{stats:?}");
     assert_ne!(stats.verdict(), Verdict::RuntimeBound, "{stats:?}");
 }
