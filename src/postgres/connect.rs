@@ -12,7 +12,7 @@ use tokio_postgres::config::{Host, LoadBalanceHosts, SslMode};
 use tokio_postgres::tls::NoTlsStream;
 use tokio_postgres::{CancelToken, Client, Config, NoTls, Socket};
 
-use crate::error::Error;
+use crate::error::{Error, io_cause};
 
 /// For a host that swallows packets; the kernel alone would try for two minutes.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -83,7 +83,21 @@ async fn cancel_on<S>(mut socket: S, token: &CancelToken) -> io::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    token.cancel_query_raw(&mut socket, NoTls).await.map_err(io::Error::other)?;
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+    match send_cancel(&mut socket, token).await {
+        // The server has closed the socket, too: nothing is under way any more.
+        Err(error) if matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected) => Ok(()),
+        other => other,
+    }
+}
+
+async fn send_cancel<S>(socket: &mut S, token: &CancelToken) -> io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let kind = |error: &tokio_postgres::Error| io_cause(error).map_or(io::ErrorKind::Other, io::Error::kind);
+    let sent = token.cancel_query_raw(&mut *socket, NoTls).await;
+    sent.map_err(|error| io::Error::new(kind(&error), error))?;
     let mut rest = [0; 64];
     while socket.read(&mut rest).await? > 0 {}
     Ok(())

@@ -251,10 +251,14 @@ impl Lease {
         );
         let token = session.client.cancel_token();
         let work = cancel_until(&session.peer, &token, end);
-        if !matches!(timeout(CLEAN_UP, work).instrument(span.clone()).await, Ok(Ok(()))) {
-            span.record("otel.status_code", "error");
-            session.discard();
-        }
+        let why = match timeout(CLEAN_UP, work).instrument(span.clone()).await {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("it did not end within {} s", CLEAN_UP.as_secs()),
+        };
+        span.record("otel.status_code", "error");
+        tracing::warn!(parent: &span, "a dropped query could not be cancelled, so its connection is closed: {why}");
+        session.discard();
     }
 }
 
