@@ -280,33 +280,23 @@ impl Receiver {
 
     /// The time from here to the next take or `resume` is the caller's wish, nobody's slowness.
     pub(crate) fn pause(&mut self) {
-        let state = self.shared.lock();
-        let ledger = &self.shared.gauge.ledger;
-        ledger.consumer(Consumer::Paused, ledger.now());
-        drop(state);
+        self.enter(|_| Consumer::Paused);
     }
 
-    pub(crate) fn resume(&mut self) {
-        let state = self.shared.lock();
-        let ledger = &self.shared.gauge.ledger;
-        if ledger.consumer_is(Consumer::Paused) {
-            ledger.consumer(busy(&state), ledger.now());
-        }
-    }
-
-    /// The caller waits for Postgres, though not for rows yet.
+    /// The caller waits for Postgres, though not for rows yet, from here to `resume`.
     pub(crate) fn wait_for_start(&mut self) {
-        let state = self.shared.lock();
-        let ledger = &self.shared.gauge.ledger;
-        ledger.consumer(Consumer::SourceWait, ledger.now());
-        drop(state);
+        self.enter(|_| Consumer::SourceWait);
     }
 
     /// The caller goes on.
-    pub(crate) fn started(&mut self) {
+    pub(crate) fn resume(&mut self) {
+        self.enter(busy);
+    }
+
+    fn enter(&self, next: impl FnOnce(&State) -> Consumer) {
         let state = self.shared.lock();
         let ledger = &self.shared.gauge.ledger;
-        ledger.consumer(busy(&state), ledger.now());
+        ledger.consumer(next(&state), ledger.now());
     }
 
     /// Tells the producer that nothing more is wanted, and drops what waits. Both lives end here.

@@ -253,7 +253,7 @@ impl Sampler {
         let value = chunk.decode(row);
         let end = ledger.now();
         stream.progress.last_row.store(end, Ordering::Relaxed);
-        let is_slow = end.saturating_sub(self.at) / self.rows.max(1) > Self::SLOW;
+        let is_slow = end.saturating_sub(self.at) / self.rows > Self::SLOW;
         (self.since, self.every) = (0, if is_slow { 0 } else { Self::EVERY });
         self.sample = (end - start, size);
         self.hold(end);

@@ -177,7 +177,7 @@ impl<'p, T: FromJson, C: BorrowMut<Connection>> Query<'p, T, C> {
         });
         parts.receiver.wait_for_start();
         let prepared = prepared.await.unwrap_or_else(|_| Err(Error::lost()));
-        parts.receiver.started();
+        parts.receiver.resume();
         match prepared.and_then(|types| postgres::encode(&self.values, &types)) {
             Ok(values) => {
                 // If nobody takes them, the stream's first item says why.

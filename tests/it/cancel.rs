@@ -438,7 +438,7 @@ async fn a_cancel_that_cannot_be_sent_leaves_the_connection_to_the_querys_own_en
     ));
     let port = crate::server::shared().port();
     let way = one_way(port).await;
-    let mut db = connect(&database.url.replace(&port.to_string(), &way.to_string())).await;
+    let mut db = connect(&database.url.replace(&format!(":{port}/"), &format!(":{way}/"))).await;
     let stream = db.query::<Value>("nap").stream().await.unwrap();
     yields(10).await;
     drop(stream);
