@@ -102,8 +102,12 @@ impl Error {
     }
 
     fn db_error(&self) -> Option<&DbError> {
-        let source = self.0.source.as_ref()?;
-        source.downcast_ref::<tokio_postgres::Error>()?.as_db_error()
+        self.client_error()?.as_db_error()
+    }
+
+    /// The error of tokio-postgres below this one.
+    pub(crate) fn client_error(&self) -> Option<&tokio_postgres::Error> {
+        self.0.source.as_ref()?.downcast_ref()
     }
 
     fn new(kind: ErrorKind, message: impl Into<String>) -> Self {

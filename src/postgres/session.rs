@@ -307,19 +307,17 @@ fn tells(error: &tokio_postgres::Error) -> bool {
 
 /// Whether nobody listens; a server that restarts takes connections, and drops them.
 fn is_refused(error: &Error) -> bool {
-    let source = std::error::Error::source(error);
-    let io = match source.and_then(|source| source.downcast_ref::<tokio_postgres::Error>()) {
+    let io = match error.client_error() {
         Some(error) => io_cause(error),
-        None => source.and_then(|source| source.downcast_ref::<io::Error>()),
+        None => std::error::Error::source(error).and_then(|source| source.downcast_ref()),
     };
     io.is_some_and(|io| matches!(io.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound))
 }
 
 /// Why a connection could not be made, in the server's or the system's words.
 fn reason(error: &Error) -> String {
-    let source = std::error::Error::source(error);
-    match source.and_then(|source| source.downcast_ref::<tokio_postgres::Error>()) {
+    match error.client_error() {
         Some(error) => describe(error),
-        None => source.map_or_else(String::new, ToString::to_string),
+        None => std::error::Error::source(error).map_or_else(String::new, ToString::to_string),
     }
 }
