@@ -6,7 +6,7 @@ mod registry;
 mod spans;
 
 pub use instruments::Instruments;
-pub(crate) use recorder::{Recorder, heartbeat};
+pub(crate) use recorder::{Heartbeat, Recorder};
 pub use spans::PollSpans;
 #[cfg(feature = "otlp")]
 pub(crate) use spans::spans_are_open;

@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use opentelemetry::KeyValue;
 
+use crate::ledger::Consumer;
 use crate::stats::Observer;
-use crate::time::{Consumer, Nanos};
+use crate::time::Nanos;
 
 /// Beyond so many, entities share the series of `OTHER`.
 const MOST_ENTITIES: usize = 1_000;
