@@ -2,6 +2,7 @@
 //! which one side at a time is slow by a wide margin.
 
 mod case;
+mod occupancy;
 mod sources;
 mod table;
 mod ways;
