@@ -2,6 +2,7 @@
 //! which one side at a time is slow by a wide margin.
 
 mod case;
+mod load;
 mod occupancy;
 mod sources;
 mod table;
