@@ -111,8 +111,8 @@ pub(super) const NEXT: Way = Way::One("next", |mut rows, work| {
 
 /// The number of rows in the next chunk.
 async fn chunk_of(rows: &mut Rows) -> usize {
-    let chunk = rows.next_chunk().await;
-    count(Some(chunk))
+    let chunk = rows.next_chunk().await.unwrap_or_else(|error| panic!("{error}"));
+    chunk.map_or(0, |chunk| chunk.len())
 }
 
 pub(super) const NEXT_CHUNK: Way = Way::One("next_chunk", |mut rows, work| {
