@@ -38,6 +38,20 @@ const STATES: usize = 5;
 const AT_ONCE: Nanos = 500_000;
 const NEVER: Nanos = Nanos::MAX;
 
+/// How much evidence makes up the near past.
+const RECENT: Nanos = 500_000_000;
+
+/// What is known of a wait for rows.
+#[derive(Clone, Copy, Debug, Default)]
+struct Wait {
+    /// The consumer's task, or others before it in the run queue, kept the thread.
+    own: Nanos,
+    /// The runtime was late.
+    late: Nanos,
+    /// The consumer kept the producer from running.
+    kept: Nanos,
+}
+
 /// The time of one stream. Transitions are made by one writer at a time (the channel's lock sees to that);
 /// readers take no lock and see a consistent state by its version.
 ///
@@ -48,7 +62,8 @@ const NEVER: Nanos = Nanos::MAX;
 /// task was seen to have let go of the thread:
 ///
 /// - once the runtime is suspect, a poll that finds nothing asks the watchdog for a turn. Until that turn comes,
-///   the consumer's task may still be running: the time is its own.
+///   the consumer's task may still be running: the time is its own, unless others were seen to keep the thread for
+///   long, too.
 /// - a poll that finds nothing again, while a turn of the watchdog is overdue, comes from a task that was running
 ///   meanwhile: the time is its own.
 ///
@@ -73,6 +88,9 @@ pub(crate) struct Ledger {
     asked_in_wait: AtomicU64,
     /// Whether rows that came asked for one.
     asked_by_rows: AtomicBool,
+    /// In the near past: how long the consumer may have kept the thread, and how long others surely did.
+    kept_by_me: AtomicU64,
+    kept_by_others: AtomicU64,
     /// Since when the producer waits to run, because the consumer made room for it; `NEVER` if it does not.
     producer_woken: AtomicU64,
     /// Time in `Overlap` that is backlog if rows come soon after `suspect_until`.
@@ -109,6 +127,8 @@ impl Ledger {
             producer: Partition::new(Producer::Source as usize),
             asked_in_wait: AtomicU64::new(NEVER),
             asked_by_rows: AtomicBool::new(false),
+            kept_by_me: AtomicU64::new(0),
+            kept_by_others: AtomicU64::new(0),
             producer_woken: AtomicU64::new(NEVER),
             suspect: AtomicU64::new(0),
             suspect_until: AtomicU64::new(0),
@@ -132,9 +152,11 @@ impl Ledger {
         }
         self.write(|| {
             let since = self.consumer.since();
+            let may_have_kept_thread = self.consumer_is(Consumer::Overlap)
+                && self.watchdog.has_one_thread()
+                && !self.others_keep_thread();
             let late = self.watchdog.late_between(self.offset + since, self.offset + polled);
-            let held = if self.consumer_is(Consumer::Overlap) { late } else { 0 };
-            self.suspect.store(held, Ordering::Relaxed);
+            self.suspect.store(if may_have_kept_thread { late } else { 0 }, Ordering::Relaxed);
             self.suspect_until.store(polled, Ordering::Relaxed);
             self.enter(Consumer::SourceWait as usize, polled, self.running(polled));
         });
@@ -143,25 +165,39 @@ impl Ledger {
 
     /// A further poll in the same wait found nothing.
     fn wait_on(&self) {
-        let was_asked = self.asked_in_wait.load(Ordering::Relaxed) != NEVER;
         let now = self.now();
+        let was_asked = self.asked_in_wait.load(Ordering::Relaxed) != NEVER;
         let late_since = self.watchdog.late_since(self.offset + now);
         if late_since.is_none() && !was_asked && !self.watchdog.takes_questions(self.offset + now) {
             return;
         }
         self.write(|| {
-            let mut parts = self.running(now);
+            let mut wait = self.wait_until(now);
             if let Some(from) = late_since {
-                let own = now.saturating_sub(from.saturating_sub(self.offset).max(self.consumer.since()));
-                parts = [0; STATES];
-                let waited = now.saturating_sub(self.consumer.since());
-                parts[Consumer::SourceWait as usize] = waited.saturating_sub(own);
-                parts[Consumer::Overlap as usize] = own;
+                // This poll comes from a task that was running while the turn was due.
+                let since = from.saturating_sub(self.offset).max(self.consumer.since());
+                wait = Wait { own: now.saturating_sub(since), ..Wait::default() };
             }
-            self.suspect_own(parts[Consumer::Overlap as usize], now);
-            self.enter(Consumer::SourceWait as usize, now, parts);
+            self.end_wait(Consumer::SourceWait, &wait, now);
         });
         self.ask_in_wait(now);
+    }
+
+    /// Puts the wait that goes on down to whom it belongs, and enters a state.
+    fn end_wait(&self, state: Consumer, wait: &Wait, now: Nanos) {
+        let since = self.consumer.since();
+        let parts = self.parts_of(wait, now.saturating_sub(since));
+        let own = parts[Consumer::Overlap as usize];
+        if own > 0 {
+            // Backlog, if rows come as soon as the thread is free.
+            add(&self.suspect, own);
+            let until = if state == Consumer::SourceWait { now } else { since + own };
+            self.suspect_until.store(until, Ordering::Relaxed);
+        }
+        if self.asked_in_wait.load(Ordering::Relaxed) != NEVER {
+            self.weigh(wait.own, wait.late);
+        }
+        self.enter(state as usize, now, parts);
     }
 
     fn ask_in_wait(&self, now: Nanos) {
@@ -172,23 +208,12 @@ impl Ledger {
         }
     }
 
-    /// Time up to `until` in which the consumer kept its thread.
-    fn suspect_own(&self, own: Nanos, until: Nanos) {
-        if own > 0 {
-            add(&self.suspect, own);
-            self.suspect_until.store(until, Ordering::Relaxed);
-        }
-    }
-
     /// Rows, or the end, came into the channel. Call under the channel's lock, before the consumer is woken.
     pub(crate) fn rows_came(&self) {
         if self.consumer_is(Consumer::SourceWait) {
             let now = self.now();
             self.write(|| {
-                let parts = self.running(now);
-                let own = parts[Consumer::Overlap as usize];
-                self.suspect_own(own, self.consumer.since() + own);
-                self.enter(Consumer::Woken as usize, now, parts);
+                self.end_wait(Consumer::Woken, &self.wait_until(now), now);
                 self.settle_suspect(now);
             });
             let is_alert = self.watchdog.takes_questions(self.offset + now);
@@ -254,6 +279,9 @@ impl Ledger {
     pub(crate) fn take(&self, state: Consumer, now: Nanos) -> bool {
         let waited = now.saturating_sub(self.consumer.since());
         let let_wait = self.consumer_is(Consumer::Woken) && waited > AT_ONCE;
+        if let_wait && self.asked_by_rows.load(Ordering::Relaxed) {
+            self.weigh(0, self.running(now)[Consumer::Scheduled as usize]);
+        }
         if !self.consumer_is(state) {
             self.consumer(state, now);
         }
@@ -302,11 +330,7 @@ impl Ledger {
         let life = now.saturating_sub(since);
         let (from, to) = (self.offset + since, self.offset + since + life);
         if self.consumer_is(Consumer::SourceWait) {
-            let own = self.kept_thread(now).min(life);
-            // A runtime that was late delayed the rows only if they come as soon as it is not.
-            let late = self.watchdog.late_up_to(from + own, to).min(life - own);
-            let kept = self.kept_producer(since + own, now).min(life - own - late);
-            return [life - own - late - kept, late, own, kept, 0];
+            return self.parts_of(&self.wait_until(now), life);
         }
         if self.consumer_is(Consumer::Overlap) {
             let kept = self.kept_producer(since, now).min(life);
@@ -317,6 +341,38 @@ impl Ledger {
             return [0, late, 0, life - late, 0];
         }
         self.consumer.running(now)
+    }
+
+    /// What is known of the wait that goes on.
+    fn wait_until(&self, now: Nanos) -> Wait {
+        let since = self.consumer.since();
+        let life = now.saturating_sub(since);
+        let own = self.kept_thread(now).min(life);
+        // A runtime that was late delayed the rows only if they come as soon as it is not.
+        let late = self.watchdog.late_up_to(self.offset + since + own, self.offset + now).min(life - own);
+        let kept = self.kept_producer(since + own, now).min(life - own - late);
+        Wait { own, late, kept }
+    }
+
+    fn parts_of(&self, wait: &Wait, life: Nanos) -> [Nanos; STATES] {
+        let Wait { own, late, kept } = *wait;
+        let (own, late) = if self.others_keep_thread() { (0, late + own) } else { (own, late) };
+        [life.saturating_sub(own + late + kept), late, own, kept, 0]
+    }
+
+    /// Notes how long the consumer may have kept the thread, and how long others surely did.
+    fn weigh(&self, own: Nanos, others: Nanos) {
+        let (mine, theirs) =
+            (self.kept_by_me.load(Ordering::Relaxed), self.kept_by_others.load(Ordering::Relaxed));
+        let halve = u32::from(mine + theirs > RECENT);
+        self.kept_by_me.store((mine >> halve) + own, Ordering::Relaxed);
+        self.kept_by_others.store((theirs >> halve) + others, Ordering::Relaxed);
+    }
+
+    /// Whether time for which it is not known who kept the thread is that of others.
+    fn others_keep_thread(&self) -> bool {
+        let theirs = self.kept_by_others.load(Ordering::Relaxed);
+        theirs > 0 && theirs * 4 >= self.kept_by_me.load(Ordering::Relaxed)
     }
 
     /// How long after the poll that asked for a turn of the watchdog the consumer's task may have run on.
@@ -344,7 +400,7 @@ impl Ledger {
             // It stands in the run queue just before the consumer.
             return self.watchdog.first_turn_queued_after(from).map_or(to, |turn| turn.min(to)) - from;
         }
-        self.watchdog.late_between(from, to)
+        self.watchdog.late_up_to(from, to)
     }
 
     /// Counts `spent` as decoding; it is part of the time in which the consumer holds rows.
@@ -571,9 +627,12 @@ mod tests {
         test.at(40 * MS);
         test.ledger.wait(0);
         test.turn();
-        test.at(45 * MS);
+        for ms in [42, 44, 46] {
+            test.at(ms * MS);
+            test.turn();
+        }
         test.ledger.rows_came();
-        assert_eq!(test.read(), [8 + 5, 0, 32, 0, 0]);
+        assert_eq!(test.read(), [14, 0, 32, 0, 0]);
     }
 
     #[test]

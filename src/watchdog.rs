@@ -212,9 +212,13 @@ impl Watchdog {
         lock(&self.log).late_up_to(from, to)
     }
 
-    /// Returns since when a turn is overdue that has not come at `now`.
+    pub(crate) fn has_one_thread(&self) -> bool {
+        self.has_one_thread
+    }
+
+    /// Returns since when a turn is overdue that has not come at `now`, where the only thread runs the caller.
     pub(crate) fn late_since(&self, now: Nanos) -> Option<Nanos> {
-        if now <= self.overdue_at.load(Ordering::Relaxed) {
+        if !self.has_one_thread || now <= self.overdue_at.load(Ordering::Relaxed) {
             return None;
         }
         let log = lock(&self.log);
