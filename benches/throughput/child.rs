@@ -3,15 +3,18 @@
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use futures_util::future::try_join_all;
 use nix::sys::resource::{Usage, UsageWho, getrusage};
 use nix::sys::time::{TimeVal, TimeValLike as _};
 use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
 
 use crate::mode::Mode;
-use crate::peers::{Peer, Raw, RawBytes, Sqlx, Stream, StreamBytes, Wire};
+use crate::peers::{Peer, Raw, RawBytes, RawPrepared, Sqlx, Stream, StreamBytes, Wire};
+use crate::plan::WarmUp;
 use crate::{Failure, f64_of};
 
-/// Tells the program that it is a child.
+/// Set for a child: its job.
 const CHILD: &str = "FRAISEQL_STREAM_BENCH_JOB";
 
 /// What a child is to do.
@@ -19,19 +22,20 @@ const CHILD: &str = "FRAISEQL_STREAM_BENCH_JOB";
 pub(crate) struct Job {
     pub(crate) mode: Mode,
     pub(crate) url: String,
-    pub(crate) table: String,
+    pub(crate) entity: String,
     pub(crate) runtime: Runtime,
-    /// Rows of a first query that is not counted.
-    pub(crate) warm_up: u64,
-    /// So many times the table is read.
-    pub(crate) times: usize,
+    pub(crate) warm_up: WarmUp,
+    /// Connections that are read from at the same time.
+    pub(crate) streams: usize,
+    /// Queries of each of them.
+    pub(crate) queries: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 pub(crate) enum Runtime {
     /// Two workers, rows taken in a spawned task, as in any service.
     MultiThread,
-    /// Two workers, rows taken in `main` itself, which is none of them.
+    /// Two workers, the rows of a single stream taken in `main` itself, which is none of them.
     MultiThreadMain,
     CurrentThread,
 }
@@ -46,6 +50,8 @@ pub(crate) struct Outcome {
     pub(crate) system: Duration,
     /// What of it went into flushing telemetry at the end.
     pub(crate) flush: Duration,
+    /// From the first query to the last row of all streams.
+    pub(crate) wall: Duration,
     /// Page faults, each of which costs the kernel a microsecond or so.
     pub(crate) faults: u64,
     /// How often a thread went to sleep.
@@ -55,8 +61,12 @@ pub(crate) struct Outcome {
 }
 
 impl Outcome {
+    pub(crate) fn cpu(&self) -> Duration {
+        self.user + self.system
+    }
+
     pub(crate) fn cpu_us_per_row(&self) -> f64 {
-        self.per_row((self.user + self.system).as_secs_f64() * 1e6)
+        self.per_row(self.cpu().as_secs_f64() * 1e6)
     }
 
     pub(crate) fn per_row(&self, sum: f64) -> f64 {
@@ -121,6 +131,7 @@ impl Job {
     async fn measure(self) -> Result<Outcome, Failure> {
         match self.mode {
             Mode::Raw => self.measure_peer::<Raw>().await,
+            Mode::RawPrepared => self.measure_peer::<RawPrepared>().await,
             Mode::StreamTelemetryOff | Mode::StreamTelemetryOn => self.measure_peer::<Stream>().await,
             Mode::FraiseqlWire => self.measure_peer::<Wire>().await,
             Mode::Sqlx => self.measure_peer::<Sqlx>().await,
@@ -133,15 +144,10 @@ impl Job {
 
     async fn measure_peer<P: Peer>(self) -> Result<Outcome, Failure> {
         let telemetry = if self.mode.has_telemetry() { Some(fraiseql_stream::otlp::init()?) } else { None };
-        let mut peer = P::connect(&self.url, self.times + 1).await?;
-        peer.read(&self.table, Some(self.warm_up), |_| ()).await?;
-
-        let mut tally = Tally::default();
-        let before = getrusage(UsageWho::RUSAGE_SELF)?;
-        for _ in 0..self.times {
-            tally.began = Some(Instant::now());
-            peer.read(&self.table, None, |row| tally.count(row)).await?;
-        }
+        let mut peers = try_join_all((0..self.streams).map(|_| self.connect::<P>())).await?;
+        let (before, began) = (getrusage(UsageWho::RUSAGE_SELF)?, Instant::now());
+        let tally = self.read_all(&mut peers).await?;
+        let wall = began.elapsed();
         let streamed = getrusage(UsageWho::RUSAGE_SELF)?;
         if let Some(telemetry) = telemetry {
             telemetry.shutdown().await?;
@@ -156,10 +162,49 @@ impl Job {
             flush: time(
                 after.user_time() + after.system_time() - streamed.user_time() - streamed.system_time(),
             ),
+            wall,
             faults: count(Usage::minor_page_faults),
             sleeps: count(Usage::voluntary_context_switches),
             first_rows: tally.first_rows,
         })
+    }
+
+    /// A connection and its first queries.
+    async fn connect<P: Peer>(&self) -> Result<P, Failure> {
+        let mut peer = P::connect(&self.url, self.warm_up.queries + self.queries).await?;
+        for _ in 0..self.warm_up.queries {
+            peer.read(&self.entity, self.warm_up.limit, |_| ()).await?;
+        }
+        Ok(peer)
+    }
+
+    /// A single stream is read right here, where `runtime` wants it; several have a task each.
+    async fn read_all<P: Peer>(&self, peers: &mut Vec<P>) -> Result<Tally, Failure> {
+        let mut tally = Tally::default();
+        if let [peer] = peers.as_mut_slice() {
+            self.read(peer, &mut tally).await?;
+            return Ok(tally);
+        }
+        let mut tasks = JoinSet::new();
+        for mut peer in peers.drain(..) {
+            let job = self.clone();
+            tasks.spawn(async move {
+                let mut tally = Tally::default();
+                job.read(&mut peer, &mut tally).await.map(|()| tally)
+            });
+        }
+        while let Some(read) = tasks.join_next().await {
+            tally.add(read??);
+        }
+        Ok(tally)
+    }
+
+    async fn read<P: Peer>(&self, peer: &mut P, tally: &mut Tally) -> Result<(), Failure> {
+        for _ in 0..self.queries {
+            tally.began = Some(Instant::now());
+            peer.read(&self.entity, None, |row| tally.count(row)).await?;
+        }
+        Ok(())
     }
 }
 
@@ -178,6 +223,12 @@ impl Tally {
         self.first_rows.extend(self.began.take().map(|began| began.elapsed()));
         self.rows += 1;
         self.checksum = self.checksum.wrapping_add(row);
+    }
+
+    fn add(&mut self, other: Self) {
+        self.rows += other.rows;
+        self.checksum = self.checksum.wrapping_add(other.checksum);
+        self.first_rows.extend(other.first_rows);
     }
 }
 

@@ -9,8 +9,10 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
 #[value(rename_all = "snake_case")]
 pub(crate) enum Mode {
-    /// tokio-postgres and `serde_json` by hand: the basis.
+    /// tokio-postgres and `serde_json` by hand, with the SQL text in each query: the basis for rows.
     Raw,
+    /// The same with a statement prepared once: the basis for streams.
+    RawPrepared,
     /// fraiseql-stream without provider or subscriber.
     StreamTelemetryOff,
     /// fraiseql-stream after `otlp::init()`: metrics, traces and logs to a collector.
@@ -24,14 +26,27 @@ pub(crate) enum Mode {
 }
 
 impl Mode {
-    pub(crate) const TYPED: [Self; 5] =
-        [Self::Raw, Self::StreamTelemetryOff, Self::StreamTelemetryOn, Self::FraiseqlWire, Self::Sqlx];
-    pub(crate) const BYTES: [Self; 3] =
-        [Self::RawBytes, Self::StreamBytesTelemetryOff, Self::StreamBytesTelemetryOn];
+    /// For the cost of a row.
+    pub(crate) const ROWS: [Self; 8] = [
+        Self::Raw,
+        Self::StreamTelemetryOff,
+        Self::StreamTelemetryOn,
+        Self::FraiseqlWire,
+        Self::Sqlx,
+        Self::RawBytes,
+        Self::StreamBytesTelemetryOff,
+        Self::StreamBytesTelemetryOn,
+    ];
 
-    /// What its cost is compared with.
-    pub(crate) fn basis(self) -> Self {
-        if Self::BYTES.contains(&self) { Self::RawBytes } else { Self::Raw }
+    /// For the cost of a stream. A query of fraiseql-wire uses its connection up, so it has no place here.
+    pub(crate) const STREAMS: [Self; 5] =
+        [Self::RawPrepared, Self::Raw, Self::StreamTelemetryOff, Self::StreamTelemetryOn, Self::Sqlx];
+
+    /// For the cost of waiting.
+    pub(crate) const SLOW: [Self; 2] = [Self::RawPrepared, Self::StreamTelemetryOff];
+
+    pub(crate) fn is_bytes(self) -> bool {
+        matches!(self, Self::RawBytes | Self::StreamBytesTelemetryOff | Self::StreamBytesTelemetryOn)
     }
 
     pub(crate) fn has_telemetry(self) -> bool {

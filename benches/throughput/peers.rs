@@ -3,15 +3,15 @@
 use fraiseql_stream::RawJson;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use sqlx::{AssertSqlSafe, Connection as _};
-use tokio_postgres::NoTls;
 use tokio_postgres::types::{FromSql, Json, Type};
+use tokio_postgres::{NoTls, RowStream, Statement};
 
 use crate::Failure;
 use crate::document::Order;
 
 /// A connection, ready for so many queries.
-pub(crate) trait Peer: Sized + Send {
-    fn connect(url: &str, queries: usize) -> impl Future<Output = Result<Self, Failure>> + Send;
+pub(crate) trait Peer: Sized + Send + 'static {
+    fn connect(url: &str, queries: u64) -> impl Future<Output = Result<Self, Failure>> + Send;
 
     /// Reads a table, or its first rows, in whatever order Postgres sends them; `take` gets each row's checksum.
     fn read(
@@ -31,7 +31,7 @@ fn sql(table: &str, limit: Option<u64>) -> String {
 pub(crate) struct Raw(tokio_postgres::Client);
 
 impl Peer for Raw {
-    async fn connect(url: &str, _: usize) -> Result<Self, Failure> {
+    async fn connect(url: &str, _: u64) -> Result<Self, Failure> {
         let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
         tokio::spawn(connection);
         Ok(Self(client))
@@ -41,23 +41,56 @@ impl Peer for Raw {
         &mut self,
         table: &str,
         limit: Option<u64>,
-        mut take: impl FnMut(u64) + Send,
+        take: impl FnMut(u64) + Send,
     ) -> Result<(), Failure> {
-        let rows = self.0.query_raw(&sql(table, limit), [0_i32; 0]).await?;
-        let mut rows = std::pin::pin!(rows);
-        while let Some(row) = rows.try_next().await? {
-            let Json(order): Json<Order> = row.try_get(0)?;
-            take(order.checksum());
-        }
-        Ok(())
+        decode(self.0.query_raw(&sql(table, limit), [0_i32; 0]).await?, take).await
     }
 }
 
-/// The same, without decoding.
+async fn decode(rows: RowStream, mut take: impl FnMut(u64) + Send) -> Result<(), Failure> {
+    let mut rows = std::pin::pin!(rows);
+    while let Some(row) = rows.try_next().await? {
+        let Json(order): Json<Order> = row.try_get(0)?;
+        take(order.checksum());
+    }
+    Ok(())
+}
+
+/// The same, each statement prepared once.
+pub(crate) struct RawPrepared {
+    raw: Raw,
+    /// The last one, by its text.
+    statement: Option<(String, Statement)>,
+}
+
+impl Peer for RawPrepared {
+    async fn connect(url: &str, queries: u64) -> Result<Self, Failure> {
+        Ok(Self { raw: Raw::connect(url, queries).await?, statement: None })
+    }
+
+    async fn read(
+        &mut self,
+        table: &str,
+        limit: Option<u64>,
+        take: impl FnMut(u64) + Send,
+    ) -> Result<(), Failure> {
+        let (client, text) = (&self.raw.0, sql(table, limit));
+        let statement = match &self.statement {
+            Some((known, statement)) if *known == text => statement,
+            _ => {
+                let statement = client.prepare(&text).await?;
+                &self.statement.insert((text, statement)).1
+            }
+        };
+        decode(client.query_raw(statement, [0_i32; 0]).await?, take).await
+    }
+}
+
+/// The same as [`Raw`], without decoding.
 pub(crate) struct RawBytes(Raw);
 
 impl Peer for RawBytes {
-    async fn connect(url: &str, queries: usize) -> Result<Self, Failure> {
+    async fn connect(url: &str, queries: u64) -> Result<Self, Failure> {
         Ok(Self(Raw::connect(url, queries).await?))
     }
 
@@ -94,7 +127,7 @@ impl<'a> FromSql<'a> for Text<'a> {
 pub(crate) struct Stream(fraiseql_stream::Connection);
 
 impl Peer for Stream {
-    async fn connect(url: &str, _: usize) -> Result<Self, Failure> {
+    async fn connect(url: &str, _: u64) -> Result<Self, Failure> {
         Ok(Self(fraiseql_stream::Connection::connect(url).await?))
     }
 
@@ -120,7 +153,7 @@ impl Peer for Stream {
 pub(crate) struct StreamBytes(Stream);
 
 impl Peer for StreamBytes {
-    async fn connect(url: &str, queries: usize) -> Result<Self, Failure> {
+    async fn connect(url: &str, queries: u64) -> Result<Self, Failure> {
         Ok(Self(Stream::connect(url, queries).await?))
     }
 
@@ -146,7 +179,7 @@ impl Peer for StreamBytes {
 pub(crate) struct Wire(Vec<fraiseql_wire::FraiseClient>);
 
 impl Peer for Wire {
-    async fn connect(url: &str, queries: usize) -> Result<Self, Failure> {
+    async fn connect(url: &str, queries: u64) -> Result<Self, Failure> {
         let mut clients = Vec::new();
         for _ in 0..queries {
             clients.push(fraiseql_wire::FraiseClient::connect(url).await?);
@@ -176,7 +209,7 @@ impl Peer for Wire {
 pub(crate) struct Sqlx(sqlx::PgConnection);
 
 impl Peer for Sqlx {
-    async fn connect(url: &str, _: usize) -> Result<Self, Failure> {
+    async fn connect(url: &str, _: u64) -> Result<Self, Failure> {
         Ok(Self(sqlx::PgConnection::connect(url).await?))
     }
 
