@@ -220,16 +220,16 @@ impl Stats {
         self.recent
     }
 
-    /// One clause for the end of an error: how much, how long, whose time.
-    pub(crate) fn epitaph(&self) -> String {
+    /// How far the stream got: "after 1,234 rows in 5.0 s".
+    pub(crate) fn progress(&self) -> String {
+        format!("after {} rows in {}", Grouped(self.rows), Seconds(self.elapsed))
+    }
+
+    /// [`progress`](Self::progress), and which side set the pace.
+    pub(crate) fn summary(&self) -> String {
         let verdict = self.verdict();
-        format!(
-            "after {} rows in {}; {verdict} {}{}",
-            Grouped(self.rows),
-            Seconds(self.elapsed),
-            Percent(self.shares.of_verdict()),
-            verdict.advice(),
-        )
+        let share = Percent(self.shares.of_verdict());
+        format!("{}; {verdict} {share}{}", self.progress(), verdict.advice())
     }
 }
 
