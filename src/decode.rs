@@ -55,8 +55,8 @@ mod sealed {
     use super::{Bytes, DeserializeOwned, Error, Range, RawJson, Text};
 
     pub trait FromRow: Sized {
-        /// A chunk's data in the form that rows are cut from.
-        type Data: Default;
+        /// A chunk's data in the form that rows are cut from. `Send` makes a stream `Send` in generic code too.
+        type Data: Default + Send;
 
         fn data(chunk: Vec<u8>) -> Self::Data;
 

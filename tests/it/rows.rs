@@ -1,9 +1,10 @@
 //! Rows: all of them, in order, as any type, and byte by byte as Postgres sent them.
 
-use fraiseql_stream::{ErrorKind, RawJson};
+use fraiseql_stream::{Connection, ErrorKind, FromJson, JsonStream, RawJson};
 use futures_util::{StreamExt, TryStreamExt};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 
 use crate::server::{
     Database, Doc, ENDLESS, SILENT, SOON, assert_unbroken, backend_of, ids, read_all, rows_of, scalar, table,
@@ -305,6 +306,31 @@ async fn an_owned_stream_moves_into_a_task() {
         seen
     });
     assert_eq!(within(SOON, task).await.unwrap(), (500..1_000).collect::<Vec<_>>());
+}
+
+/// Code that knows of its rows only what spawning asks for.
+fn spawn_count<T: FromJson + Send + 'static>(mut rows: JsonStream<T>) -> JoinHandle<u64> {
+    tokio::spawn(async move {
+        while rows.next().await.is_some() {}
+        rows.stats().rows
+    })
+}
+
+async fn count<T: FromJson + Send>(db: &mut Connection, entity: &str) -> u64 {
+    let mut rows = db.query::<T>(entity).stream().await.unwrap();
+    while rows.next().await.is_some() {}
+    rows.stats().rows
+}
+
+#[tokio::test]
+async fn a_stream_moves_into_a_task_in_generic_code_too() {
+    let database = table(1_000, 0);
+    let mut db = database.connect().await;
+    let counted = tokio::spawn(async move {
+        let counts = (count::<Doc>(&mut db, "t").await, count::<RawJson>(&mut db, "t").await);
+        (counts, spawn_count(db.into_query::<Value>("t").stream().await.unwrap()).await.unwrap())
+    });
+    assert_eq!(within(SOON, counted).await.unwrap(), ((1_000, 1_000), 1_000));
 }
 
 #[tokio::test]
