@@ -78,6 +78,20 @@ async fn raw_json_is_the_bytes_that_postgres_sent() {
 }
 
 #[tokio::test]
+async fn raw_json_is_a_string_unless_the_encoding_is_another() {
+    let database = documents();
+    let mut db = database.connect().await;
+    let rows: Vec<RawJson> = rows_of(db.query("as_json").stream().await.unwrap()).await;
+    assert_eq!(rows[0].as_str(), Ok(DOCUMENT));
+    database.psql("CREATE VIEW v AS SELECT to_json('café'::text) AS data");
+    let script = "SET client_encoding = 'LATIN1'";
+    within(SOON, db.client()).await.unwrap().batch_execute(script).await.unwrap();
+    let rows: Vec<RawJson> = rows_of(db.query("v").stream().await.unwrap()).await;
+    assert_eq!(rows[0].as_bytes(), b"\"caf\xe9\"");
+    assert_eq!(rows[0].as_str().unwrap_err().valid_up_to(), 4);
+}
+
+#[tokio::test]
 async fn a_hundred_thousand_rows_come_in_order_none_lost_or_doubled() {
     let database = table(100_000, 20);
     let mut db = database.connect().await;
