@@ -41,11 +41,13 @@ impl Signals {
     /// Waits for the signal that ends the clean-up as well. A closed terminal leaves it the time of `grace`: the
     /// kernel and the shell may both send SIGHUP.
     pub(crate) async fn insist(&mut self, grace: Duration) {
-        let is_hangup = async |signals: &mut Self| signals.next_kind().await == SignalKind::hangup();
-        if is_hangup(self).await {
-            let deliberate = async { while is_hangup(self).await {} };
-            let _ = timeout(grace, deliberate).await;
+        if self.next_kind().await == SignalKind::hangup() {
+            let _ = timeout(grace, self.next_deliberate()).await;
         }
+    }
+
+    async fn next_deliberate(&mut self) {
+        while self.next_kind().await == SignalKind::hangup() {}
     }
 
     async fn next_kind(&mut self) -> SignalKind {
