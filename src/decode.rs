@@ -1,6 +1,7 @@
 //! From a row's bytes to a value, and what that costs.
 
 use std::ops::Range;
+use std::str::Utf8Error;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
@@ -17,9 +18,9 @@ pub trait FromJson: Sized + sealed::FromRow {}
 
 impl<T: sealed::FromRow> FromJson for T {}
 
-/// The text of a row's JSON, byte by byte as Postgres sent it; SQL NULL is `null`.
+/// The JSON text of a row, exactly as Postgres sent it. SQL NULL is `null`.
 ///
-/// Keeping one keeps its whole chunk in memory: copy what you collect.
+/// A `RawJson` keeps the memory of its whole chunk alive: copy the rows that you collect.
 ///
 /// ```
 /// use fraiseql_stream::RawJson;
@@ -32,12 +33,31 @@ impl<T: sealed::FromRow> FromJson for T {}
 pub struct RawJson(Bytes);
 
 impl RawJson {
-    /// The text, in UTF-8.
+    /// Returns the text as bytes.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 
-    /// The text without a copy.
+    /// Returns the text as a string slice. Each call checks that it is UTF-8.
+    ///
+    /// # Errors
+    ///
+    /// If the text is not UTF-8, which takes a `client_encoding` that was changed from UTF8.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use fraiseql_stream::RawJson;
+    ///
+    /// fn parse(row: &RawJson) -> Result<serde_json::Value, Box<dyn std::error::Error>> {
+    ///     Ok(serde_json::from_str(row.as_str()?)?)
+    /// }
+    /// ```
+    pub fn as_str(&self) -> Result<&str, Utf8Error> {
+        std::str::from_utf8(&self.0)
+    }
+
+    /// Returns the text as [`Bytes`], without copying it.
     pub fn into_bytes(self) -> Bytes {
         self.0
     }
@@ -55,8 +75,8 @@ mod sealed {
     use super::{Bytes, DeserializeOwned, Error, Range, RawJson, Text};
 
     pub trait FromRow: Sized {
-        /// A chunk's data in the form that rows are cut from.
-        type Data: Default;
+        /// A chunk's data in the form that rows are cut from. `Send` makes a stream `Send` in generic code too.
+        type Data: Default + Send;
 
         fn data(chunk: Vec<u8>) -> Self::Data;
 
@@ -121,7 +141,7 @@ impl Default for Text {
 
 impl Text {
     #[inline]
-    fn row(&self, row: Range<usize>) -> Result<&str, std::str::Utf8Error> {
+    fn row(&self, row: Range<usize>) -> Result<&str, Utf8Error> {
         match self {
             // Rows end between characters where each of them is UTF-8; where two are broken in the middle
             // of one character, the whole may be UTF-8 all the same.

@@ -1,10 +1,10 @@
-//! The one error, and what part of the work it met.
+//! `Error`: what failed, why, and what to change.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::io;
 use std::sync::Arc;
 
-use tokio_postgres::error::{DbError, SqlState};
+use tokio_postgres::error::{DbError, Severity, SqlState};
 
 use crate::stats::Stats;
 
@@ -13,8 +13,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// An error met while connecting, querying or decoding a row.
 ///
-/// Its text is whole, on one line, and holds no secret. One that ends a stream also says how far the stream
-/// got and whose time it was:
+/// Its text is complete, one line, and free of secrets: control characters and line breaks in names, in the
+/// server's messages and in those of serde are escaped as in `\n`. The text of an error that ends a stream also
+/// says how far the stream got and, unless the connection was lost, which side set the pace:
 ///
 /// ```text
 /// orders: canceling statement due to statement timeout (57014) after 100,213 rows in 30.0 s; consumer-bound 94 %: Postgres waited for your code, not the other way round
@@ -40,7 +41,7 @@ struct Inner {
 
 type Source = Box<dyn std::error::Error + Send + Sync>;
 
-/// What part of the work failed.
+/// The part of the work that failed.
 ///
 /// ```
 /// use fraiseql_stream::ErrorKind;
@@ -49,29 +50,30 @@ type Source = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// An argument that can't work; nothing was sent.
+    /// A setting, value or column is not usable. The query was not run.
     Config,
-    /// No connection could be made, or Postgres refused it.
+    /// No host could be reached, or Postgres refused the connection.
     Connect,
-    /// Postgres refused the query, or ended it: [`Error::sqlstate`] says why.
+    /// Postgres rejected the query or ended it; see [`Error::sqlstate`]. The connection can be used again.
     Query,
-    /// The connection broke: the backend or the whole server is gone.
+    /// The connection is lost: the network failed, or the backend or the whole server is gone. That includes
+    /// every error of Postgres whose severity is FATAL or PANIC.
     Disconnected,
-    /// A row is not a `T`. The stream goes on behind it.
+    /// A row does not deserialize into `T`. The stream continues with the next row.
     Decode {
-        /// The row, counted from 0 in the order of the stream.
+        /// The number of the row in the stream, starting at 0.
         row: u64,
     },
     /// The transaction that is open on the connection is aborted: a stream in it was dropped before its end, which
     /// cancelled its query. Nothing was sent. Reported once, by whatever uses the connection next; run `ROLLBACK`,
     /// or `ROLLBACK TO` a savepoint set before the stream.
     TransactionAborted,
-    /// The task that reads from Postgres vanished without a word: it panicked, or its runtime was shut down.
+    /// The task that reads from Postgres ended early: it panicked, or its runtime was shut down.
     Lost,
 }
 
 impl ErrorKind {
-    /// The name in `error.type` of metrics and spans, where there is no SQLSTATE.
+    /// Returns the name of the kind: the value of `error.type` in metrics and spans if there is no SQLSTATE.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Config => "config",
@@ -86,17 +88,17 @@ impl ErrorKind {
 }
 
 impl Error {
-    /// What part of the work failed.
+    /// Returns the part of the work that failed.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
 
-    /// The SQLSTATE that Postgres gave, such as `57014` for a statement that was cancelled.
+    /// Returns the SQLSTATE reported by Postgres, such as `57014` for a statement that was cancelled.
     pub fn sqlstate(&self) -> Option<&SqlState> {
         self.db_error().map(DbError::code)
     }
 
-    /// Statistics of the stream at its end, if the error ended one.
+    /// Returns the final statistics of the stream, if the error ended one.
     pub fn stats(&self) -> Option<&Stats> {
         self.0.stats.as_ref()
     }
@@ -123,7 +125,7 @@ impl Error {
         Self::new(ErrorKind::Config, message)
     }
 
-    /// A connection that could not be made; the message says where to and, from `source`, why.
+    /// A connection to `place` failed.
     pub(crate) fn connect(place: impl fmt::Display, source: tokio_postgres::Error) -> Self {
         let advice = if is_io(&source) { WHERE } else { advice(&source) };
         let message = format!("cannot connect to {place}: {}{advice}", describe(&source));
@@ -136,11 +138,11 @@ impl Error {
     }
 
     pub(crate) fn query(source: tokio_postgres::Error) -> Self {
-        let kind = if ends_connection(&source) { ErrorKind::Disconnected } else { ErrorKind::Query };
+        let kind = if is_disconnect(&source) { ErrorKind::Disconnected } else { ErrorKind::Query };
         Self::new(kind, describe(&source) + advice(&source)).with_source(source)
     }
 
-    /// The connection was given up after a cancel that did not come to an end.
+    /// The connection was lost earlier, or closed because a query could not be cancelled.
     pub(crate) fn closed() -> Self {
         Self::new(ErrorKind::Disconnected, "the connection is closed; connect again")
     }
@@ -202,16 +204,24 @@ impl Error {
     }
 }
 
-/// Whether the connection is gone with this error: it closed or broke, or Postgres ended the backend (class
-/// 57P: `admin_shutdown`, `crash_shutdown`, ...).
-fn ends_connection(error: &tokio_postgres::Error) -> bool {
-    match error.code() {
-        Some(code) => code.code().starts_with("57P"),
+/// Whether the connection is lost. The SQLSTATE does not decide that: any may be FATAL, and an ERROR of class 57P
+/// is that of a parallel worker, which its backend survives.
+fn is_disconnect(error: &tokio_postgres::Error) -> bool {
+    match error.as_db_error() {
+        Some(db) => is_fatal(db),
         None => error.is_closed() || is_io(error),
     }
 }
 
-/// Whether the network failed. What can't be encoded or parsed comes as an `io::Error` too.
+fn is_fatal(error: &DbError) -> bool {
+    match error.parsed_severity() {
+        Some(severity) => matches!(severity, Severity::Fatal | Severity::Panic),
+        // A connection pooler may send the severity only in the form that is meant for people.
+        None => matches!(error.severity(), "FATAL" | "PANIC"),
+    }
+}
+
+/// Whether the network failed. tokio-postgres also uses `io::Error` for what cannot be encoded or parsed.
 fn is_io(error: &tokio_postgres::Error) -> bool {
     io_cause(error)
         .is_some_and(|io| !matches!(io.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData))
@@ -221,28 +231,28 @@ pub(crate) fn io_cause(error: &tokio_postgres::Error) -> Option<&io::Error> {
     std::error::Error::source(error)?.downcast_ref()
 }
 
-const WHERE: &str = "; check host and port, and that Postgres takes connections there";
+const WHERE: &str = "; check host and port, and that Postgres accepts connections there";
 
-/// What to change, where the server's words leave that open.
+/// What to change, where the server's message does not say so.
 fn advice(error: &tokio_postgres::Error) -> &'static str {
     let Some(db) = error.as_db_error() else { return "" };
     match *db.code() {
         SqlState::UNDEFINED_TABLE if db.message().starts_with("relation ") => {
-            "; an entity is the name of a table or view: case counts, and without a schema it is looked up in search_path"
+            "; an entity is the name of a table or view: case counts, and a name without a schema is looked up in search_path"
         }
         SqlState::UNDEFINED_COLUMN if db.message().contains("\"data\"") => {
-            "; documents are read from a column named data: stream a view that has one"
+            "; rows are read from a column named data: stream a view that has one"
         }
         SqlState::INVALID_PASSWORD => "; check user and password in the connection string",
         SqlState::INVALID_AUTHORIZATION_SPECIFICATION if db.message().contains("pg_hba.conf") => {
-            "; the server admits this user from here only in another way (this version speaks no TLS)"
+            "; add a line for this user, database and address to pg_hba.conf (hostssl lines do not apply: this version has no TLS)"
         }
         SqlState::INVALID_CATALOG_NAME => "; check the database in the connection string",
         _ => "",
     }
 }
 
-/// An error of tokio-postgres in one clause, with the server's own words first.
+/// Describes an error of tokio-postgres in one clause that begins with the server's message.
 pub(crate) fn describe(error: &tokio_postgres::Error) -> String {
     let Some(db) = error.as_db_error() else {
         return match std::error::Error::source(error) {
@@ -252,20 +262,47 @@ pub(crate) fn describe(error: &tokio_postgres::Error) -> String {
     };
     let more = |name, text: Option<&str>| text.map_or_else(String::new, |text| format!("; {name}: {text}"));
     let (detail, hint) = (more("detail", db.detail()), more("hint", db.hint()));
-    format!("{} ({}){detail}{hint}", db.message(), db.code().code()).replace('\n', " ")
+    format!("{} ({}){detail}{hint}", db.message(), db.code().code())
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(entity) = &self.0.entity {
-            write!(f, "{entity}: ")?;
+        let Inner { kind, entity, message, stats, .. } = &*self.0;
+        let mut line = OneLine(f);
+        if let Some(entity) = entity {
+            write!(line, "{entity}: ")?;
         }
-        f.write_str(&self.0.message)?;
-        match &self.0.stats {
-            Some(stats) => write!(f, " {}", stats.epitaph()),
-            None => Ok(()),
+        line.write_str(message)?;
+        match (kind, stats) {
+            (_, None) => Ok(()),
+            // The server went away by itself: advice on the pace would mislead.
+            (ErrorKind::Disconnected | ErrorKind::Lost, Some(stats)) => write!(line, " {}", stats.progress()),
+            (_, Some(stats)) => write!(line, " {}", stats.summary()),
         }
     }
+}
+
+/// Writes text with everything escaped that would end the line or control a terminal. A backslash stays as it is,
+/// so that names already quoted by `{:?}` are not escaped twice.
+struct OneLine<'a, 'f>(&'a mut fmt::Formatter<'f>);
+
+impl fmt::Write for OneLine<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for part in text.split_inclusive(must_be_escaped) {
+            match part.char_indices().next_back() {
+                Some((at, last)) if must_be_escaped(last) => {
+                    write!(self.0, "{}{}", &part[..at], last.escape_debug())?;
+                }
+                _ => self.0.write_str(part)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether this is a control character or another line break of Unicode.
+fn must_be_escaped(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{2028}' | '\u{2029}')
 }
 
 impl fmt::Debug for Error {
@@ -277,5 +314,57 @@ impl fmt::Debug for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.0.source.as_deref().map(|source| source as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt as _;
+    use tokio_postgres::{Config, NoTls};
+
+    use super::*;
+
+    /// The error made of these fields of an `ErrorResponse`, as a server sends it.
+    async fn received(fields: &[(u8, &str)]) -> tokio_postgres::Error {
+        let mut body: Vec<u8> =
+            fields.iter().flat_map(|(kind, text)| [&[*kind], text.as_bytes(), &[0]].concat()).collect();
+        body.push(0);
+        let (ours, mut theirs) = tokio::io::duplex(1_024);
+        theirs.write_u8(b'E').await.unwrap();
+        theirs.write_u32(u32::try_from(body.len()).unwrap() + 4).await.unwrap();
+        theirs.write_all(&body).await.unwrap();
+        Config::new().user("u").connect_raw(ours, NoTls).await.err().expect("it is an error")
+    }
+
+    async fn kind_of(severity: &[(u8, &str)], code: &str) -> ErrorKind {
+        let error = Error::query(received(&[severity, &[(b'C', code), (b'M', "why")]].concat()).await);
+        assert_eq!(error.sqlstate().unwrap().code(), code);
+        error.kind()
+    }
+
+    #[tokio::test]
+    async fn the_severity_and_not_the_sqlstate_says_whether_the_connection_is_lost() {
+        let kinds = [
+            ("ERROR", ErrorKind::Query),
+            ("FATAL", ErrorKind::Disconnected),
+            ("PANIC", ErrorKind::Disconnected),
+        ];
+        let codes = ["25P03", "25P04", "40001", "57P01", "58P01", "XX000"];
+        for ((severity, kind), code) in kinds.iter().flat_map(|kind| codes.map(|code| (kind, code))) {
+            let translated = kind_of(&[(b'S', "in other words"), (b'V', severity)], code).await;
+            let old = kind_of(&[(b'S', severity)], code).await;
+            assert_eq!((translated, old), (*kind, *kind), "{severity} {code}");
+        }
+    }
+
+    #[test]
+    fn an_error_is_one_line_and_nothing_is_escaped_twice() {
+        let name = "a\n\r\t\u{1b}\u{7f}\u{85}\u{2028}\u{2029}\0é'\"\\";
+        let escaped = r#"a\n\r\t\u{1b}\u{7f}\u{85}\u{2028}\u{2029}\0é'"\"#;
+        let error = Error::config(format!("{name}, {}", "plain")).of_entity(&name.into());
+        assert_eq!(error.to_string(), format!("{escaped}: {escaped}, plain"));
+        assert_eq!(format!("{error:?}"), format!("Error(Config, \"{error}\")"));
+        let quoted = Error::config(format!("{:?}", "\n\u{1b}\u{2028}"));
+        assert_eq!(quoted.to_string(), r#""\n\u{1b}\u{2028}""#);
     }
 }

@@ -307,15 +307,14 @@ impl Stats {
         self.recent
     }
 
-    /// One clause for the end of an error: how much, how long, whose time.
-    pub(crate) fn epitaph(&self) -> String {
-        format!(
-            "after {} rows in {}; {}{}",
-            Grouped(self.rows),
-            Seconds(self.elapsed),
-            self.shares.summary(),
-            self.verdict().advice(),
-        )
+    /// How far the stream got: "after 1,234 rows in 5.0 s".
+    pub(crate) fn progress(&self) -> String {
+        format!("after {} rows in {}", Grouped(self.rows), Seconds(self.elapsed))
+    }
+
+    /// [`progress`](Self::progress), and which side set the pace.
+    pub(crate) fn summary(&self) -> String {
+        format!("{}; {}{}", self.progress(), self.shares.summary(), self.verdict().advice())
     }
 }
 

@@ -15,7 +15,8 @@ Environment:
                 sent by OTLP, without one nothing is; OTEL_*_EXPORTER=console writes among the rows
 
 Exit status: 0 when all rows are written, or the reader of the output has gone; 1 after an error;
-2 for wrong arguments; 130 after Ctrl-C and 143 after SIGTERM, which cancel the query on the server.";
+2 for wrong arguments; 130 after Ctrl-C, 143 after SIGTERM and 129 after the terminal has been closed, all of
+which cancel the query on the server.";
 
 /// Streams JSON rows out of Postgres to standard output, one document a line
 #[derive(Debug, Parser)]

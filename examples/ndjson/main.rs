@@ -38,7 +38,6 @@ fn main() {
         Ok(url) => start(&args, &url).unwrap_or_else(|error| complain(&error, 1)),
         Err(why) => complain(&why, 2),
     };
-    // Not by returning: that would wait for a name to be resolved, or a reader to read.
     std::process::exit(code)
 }
 
@@ -51,27 +50,33 @@ fn complain(why: &dyn fmt::Display, code: i32) -> i32 {
 /// One thread does it all: rows come, wait and go without changing it, and memory is allocated in one arena.
 fn start(args: &Args, url: &str) -> io::Result<i32> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let mut signals = Signals::listen()?;
-        let mut run = Run::new(args)?;
-        let end = tokio::select! {
-            biased;
-            signal = signals.next() => Ok(End::Signal(signal)),
-            () = sink::reader_gone() => Ok(End::ReaderGone),
-            end = run.work(url) => end,
-        };
-        // Who insists gets his way: a second signal ends it where it stands.
-        tokio::select! {
-            biased;
-            _ = signals.next() => {}
-            () = run.wind_down(&end) => {}
-        }
-        Ok(match end {
-            Ok(End::Complete | End::ReaderGone) => 0,
-            Ok(End::Signal(signal)) => signal.exit_code(),
-            Err(_) => 1,
-        })
-    })
+    let code = runtime.block_on(run(args, url));
+    // A host name may still be being resolved, on a thread that nothing can interrupt.
+    runtime.shutdown_background();
+    code
+}
+
+/// Runs to the end, or to the signal that ends it; returns the exit code.
+async fn run(args: &Args, url: &str) -> io::Result<i32> {
+    let mut signals = Signals::listen()?;
+    let mut run = Run::new(args)?;
+    let end = tokio::select! {
+        biased;
+        signal = signals.next() => Ok(End::Signal(signal)),
+        () = sink::reader_gone() => Ok(End::ReaderGone),
+        end = run.work(url) => end,
+    };
+    let code = match &end {
+        Ok(End::Complete | End::ReaderGone) => 0,
+        Ok(End::Signal(signal)) => signal.exit_code(),
+        Err(_) => 1,
+    };
+    tokio::select! {
+        biased;
+        // Not by returning: that would drop the telemetry, which waits for the collector.
+        () = signals.insist(CLEAN_UP) => std::process::exit(code),
+        () = run.wind_down(&end) => Ok(code),
+    }
 }
 
 /// How it ended, if not by an error.

@@ -26,6 +26,15 @@
 //! `OTEL_EXPORTER_OTLP_{TRACES,METRICS,LOGS}_*` variants of endpoint, protocol, timeout, headers and
 //! compression go before the general ones. A value that makes no sense is warned of once, and the default is used.
 //!
+//! Spans are recorded at level `info`. If a dependency limits `tracing` to less at compile time, by one of its
+//! features `max_level_*` or `release_max_level_*`, there are none, and a warning says so. Turn that feature off
+//! where it is enabled; `release_max_level_*` can also be undone in your `Cargo.toml`:
+//!
+//! ```toml
+//! [profile.release.package.tracing]
+//! debug-assertions = true
+//! ```
+//!
 //! A failing collector costs telemetry and one line in the log, never a row.
 
 mod env;
@@ -34,12 +43,13 @@ mod providers;
 mod report;
 
 use std::fmt;
+use std::io::Write as _;
 use std::sync::Arc;
 
 use opentelemetry::trace::TracerProvider;
 use opentelemetry::{InstrumentationScope, global};
 use opentelemetry_appender_tracing::layer::OpenTelemetryTracingBridge;
-use tracing::level_filters::LevelFilter;
+use tracing::level_filters::{LevelFilter, STATIC_MAX_LEVEL};
 use tracing::{Level, Metadata, Subscriber};
 use tracing_subscriber::filter::FilterFn;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
@@ -49,7 +59,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use crate::telemetry::{FIRST_ROW, Instruments, SCOPE};
 pub use guard::{Guard, ShutdownError};
 
-use self::env::Settings;
+use self::env::{Settings, Signal};
 use self::providers::Providers;
 use self::report::Health;
 
@@ -106,12 +116,30 @@ pub fn providers() -> Result<Guard, InitError> {
 
 fn tell(warnings: &[String]) {
     for warning in warnings {
-        tracing::warn!("{warning}");
+        if STATIC_MAX_LEVEL >= LevelFilter::WARN {
+            tracing::warn!("{warning}");
+        } else {
+            // Warnings by `tracing` are compiled out; one that is lost with standard error is lost.
+            let _ = writeln!(std::io::stderr(), "WARN {warning}");
+        }
     }
 }
 
+/// Warns if spans are to be exported but `tracing` was compiled without them.
+fn compiled_out(traces: &Signal, most: LevelFilter) -> Option<String> {
+    if traces.exporters.is_empty() || most >= LevelFilter::INFO {
+        return None;
+    }
+    Some(format!(
+        "no spans are exported: tracing is limited to level {most} at compile time; find the feature max_level_* or release_max_level_* with \"cargo tree -e features -i tracing\" and turn it off"
+    ))
+}
+
 fn start() -> Result<(Guard, Vec<String>), InitError> {
-    let settings = Settings::from_env();
+    let mut settings = Settings::from_env();
+    if !settings.disabled {
+        settings.warnings.extend(compiled_out(&settings.traces, STATIC_MAX_LEVEL));
+    }
     let health = Arc::new(Health::default());
     let providers =
         if settings.disabled { Providers::default() } else { Providers::new(&settings, &health)? };
@@ -205,7 +233,23 @@ impl std::error::Error for InitError {}
 
 #[cfg(test)]
 mod tests {
+    use super::env::Exporter;
     use super::*;
+
+    #[test]
+    fn spans_that_are_compiled_out_are_warned_of_where_they_would_be_exported() {
+        let none = Signal::default();
+        let traces = Signal { exporters: vec![Exporter::Otlp], ..Signal::default() };
+        for most in [LevelFilter::OFF, LevelFilter::ERROR, LevelFilter::WARN] {
+            let warning = compiled_out(&traces, most).unwrap();
+            assert!(warning.contains(&format!("tracing is limited to level {most} at")), "{warning}");
+            assert!(warning.contains("cargo tree -e features -i tracing"), "what to do: {warning}");
+            assert_eq!(compiled_out(&none, most), None);
+        }
+        for most in [LevelFilter::INFO, LevelFilter::DEBUG, LevelFilter::TRACE] {
+            assert_eq!(compiled_out(&traces, most), None);
+        }
+    }
 
     #[test]
     fn only_the_exporters_own_crates_are_left_out() {

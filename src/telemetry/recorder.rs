@@ -149,7 +149,7 @@ impl Recorder {
 /// exceptions (class 22) and violated constraints (class 23).
 fn description(error: &Error, stats: &Stats) -> String {
     match error.type_name() {
-        code if code.starts_with("22") || code.starts_with("23") => format!("{code} {}", stats.epitaph()),
+        code if code.starts_with("22") || code.starts_with("23") => format!("{code} {}", stats.summary()),
         _ => error.to_string(),
     }
 }

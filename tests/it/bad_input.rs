@@ -22,6 +22,15 @@ fn database(script: &str) -> Database {
     Database::with(&format!("{} {script}", table_script("good", 1, 0)))
 }
 
+/// Fails unless the error is one line that leaves a terminal alone; returns the line.
+fn line_of(error: &Error) -> String {
+    let breaks = |c: char| c.is_control() || matches!(c, '\u{2028}' | '\u{2029}');
+    for shown in [error.to_string(), format!("{error:?}"), format!("{error:#?}")] {
+        assert!(!shown.contains(breaks), "{shown:?}");
+    }
+    error.to_string()
+}
+
 fn text_of(error: &Error, kind: ErrorKind) -> String {
     assert_eq!(error.kind(), kind, "{error}");
     error.to_string()
@@ -153,6 +162,52 @@ async fn wrong_sql_in_a_condition_is_an_error_of_the_query() {
     assert_eq!(error.sqlstate().unwrap().code(), "42601");
     let error = refusal!(db, db.query::<Value>("good").order_by("no_such_column"));
     assert!(text_of(&error, ErrorKind::Query).contains("no_such_column"), "{error}");
+}
+
+#[tokio::test]
+async fn a_name_with_line_breaks_is_escaped_once() {
+    let database = database("CREATE TABLE \"two\nlines\" (doc jsonb)");
+    let mut db = database.connect().await;
+    let text = line_of(&refusal!(db, db.query::<Value>("two\nlines")));
+    assert!(text.starts_with(r#"two\nlines: column "data" does not exist"#), "{text}");
+    let text = line_of(&refusal!(db, db.query::<Value>("no\r\n\u{85}\u{2028}\u{2029}\u{1b}[31m such")));
+    assert!(text.starts_with(r"no\r\n\u{85}\u{2028}\u{2029}\u{1b}[31m such: relation"), "{text}");
+    // This message quotes the name, which escapes it already.
+    let text = line_of(&refusal!(db, db.query::<Value>("a\n..\u{1b}b")));
+    assert!(text.starts_with(r#"a\n..\u{1b}b: "a\n..\u{1b}b" is no name"#), "{text}");
+}
+
+#[tokio::test]
+async fn a_message_of_the_server_with_line_breaks_is_escaped() {
+    let database = database(
+        r"CREATE FUNCTION fail() RETURNS jsonb LANGUAGE plpgsql AS $$ BEGIN
+              RAISE EXCEPTION E'one\ntwo \x1b[31m' USING DETAIL = E'three\r\nfour', HINT = E'five\tsix \u2028';
+          END $$; CREATE VIEW v AS SELECT fail() AS data;",
+    );
+    let mut db = database.connect().await;
+    let mut stream = db.query::<Value>("v").stream().await.unwrap();
+    let text = line_of(&within(SOON, stream.next()).await.unwrap().unwrap_err());
+    let expected = r"v: one\ntwo \u{1b}[31m (P0001); detail: three\r\nfour; hint: five\tsix \u{2028}";
+    assert!(text.starts_with(expected), "{text}");
+}
+
+/// A type that refuses every document, in two lines.
+#[derive(Debug)]
+struct Never;
+
+impl<'de> Deserialize<'de> for Never {
+    fn deserialize<D: serde::Deserializer<'de>>(_: D) -> Result<Self, D::Error> {
+        Err(serde::de::Error::custom("first\nsecond\u{7}"))
+    }
+}
+
+#[tokio::test]
+async fn a_message_of_a_type_with_line_breaks_is_escaped() {
+    let database = database("");
+    let mut db = database.connect().await;
+    let mut stream = db.query::<Never>("good").stream().await.unwrap();
+    let text = line_of(&within(SOON, stream.next()).await.unwrap().unwrap_err());
+    assert!(text.starts_with(r"good: row 0: first\nsecond\u{7}"), "{text}");
 }
 
 #[derive(Debug, Deserialize)]

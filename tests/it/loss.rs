@@ -1,10 +1,10 @@
 //! Losing the backend or the whole server: an error that says which, all rows before it, and no hang.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use backends::Postgres;
-use fraiseql_stream::{Connection, Error, ErrorKind};
+use fraiseql_stream::{Connection, Error, ErrorKind, Verdict};
 use futures_util::StreamExt;
 use serde_json::Value;
 
@@ -200,6 +200,30 @@ impl Doomed {
 #[tokio::test]
 async fn a_server_that_is_stopped_is_told_as_a_whole() {
     Doomed::start().await.lose(|server| server.stop().unwrap()).await;
+}
+
+#[tokio::test]
+async fn a_lost_server_is_not_put_down_to_a_slow_consumer() {
+    let doomed = Doomed::start().await;
+    let (mut db, _) = doomed.connect().await;
+    let mut stream = db.query::<Doc>("endless").stream().await.unwrap();
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(1) {
+        within(SOON, stream.next()).await.unwrap().unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let server = Arc::clone(&doomed.server);
+    within(SOON, tokio::task::spawn_blocking(move || server.stop().unwrap())).await.unwrap();
+    let (_, error) = read_all(&mut stream).await;
+    let error = error.expect("never a quiet end");
+    let stats = error.stats().expect("it ended a stream");
+    assert_eq!((error.kind(), stats.verdict()), (ErrorKind::Disconnected, Verdict::ConsumerBound));
+    let text = error.to_string();
+    let (_, end) = text.rsplit_once(" after ").unwrap();
+    let words: Vec<_> = end.split(' ').collect();
+    assert!(matches!(words[..], [_, "rows", "in", _, "s"]), "how far, and no more: {text}");
+    assert_eq!(words[0].replace(',', ""), stats.rows.to_string(), "{text}");
+    tokio::task::spawn_blocking(move || drop(doomed.server)).await.unwrap();
 }
 
 #[tokio::test]

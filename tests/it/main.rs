@@ -7,6 +7,7 @@ mod bad_input;
 mod cancel;
 mod connect;
 mod consumers;
+mod fatal;
 mod first_row;
 mod loss;
 mod null;

@@ -1,9 +1,10 @@
 //! Rows: all of them, in order, as any type, and byte by byte as Postgres sent them.
 
-use fraiseql_stream::{Connection, ErrorKind, RawJson};
+use fraiseql_stream::{Connection, ErrorKind, FromJson, JsonStream, RawJson};
 use futures_util::{StreamExt, TryStreamExt};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 
 use crate::server::{
     Database, Doc, ENDLESS, SILENT, SOON, assert_unbroken, backend_of, ids, read_all, rows_of, scalar, table,
@@ -74,6 +75,20 @@ async fn raw_json_is_the_bytes_that_postgres_sent() {
     let rows: Vec<RawJson> = rows_of(db.query("as_jsonb").stream().await.unwrap()).await;
     assert_eq!(rows.len(), 1);
     assert_eq!(rows[0].as_bytes(), sent.as_bytes());
+}
+
+#[tokio::test]
+async fn raw_json_is_a_string_unless_the_encoding_is_another() {
+    let database = documents();
+    let mut db = database.connect().await;
+    let rows: Vec<RawJson> = rows_of(db.query("as_json").stream().await.unwrap()).await;
+    assert_eq!(rows[0].as_str(), Ok(DOCUMENT));
+    database.psql("CREATE VIEW v AS SELECT to_json('café'::text) AS data");
+    let script = "SET client_encoding = 'LATIN1'";
+    within(SOON, db.client()).await.unwrap().batch_execute(script).await.unwrap();
+    let rows: Vec<RawJson> = rows_of(db.query("v").stream().await.unwrap()).await;
+    assert_eq!(rows[0].as_bytes(), b"\"caf\xe9\"");
+    assert_eq!(rows[0].as_str().unwrap_err().valid_up_to(), 4);
 }
 
 #[tokio::test]
@@ -297,6 +312,31 @@ async fn an_owned_stream_moves_into_a_task() {
         seen
     });
     assert_eq!(within(SOON, task).await.unwrap(), (500..1_000).collect::<Vec<_>>());
+}
+
+/// Code that knows of its rows only what spawning asks for.
+fn spawn_count<T: FromJson + Send + 'static>(mut rows: JsonStream<T>) -> JoinHandle<u64> {
+    tokio::spawn(async move {
+        while rows.next().await.is_some() {}
+        rows.stats().rows
+    })
+}
+
+async fn count<T: FromJson + Send>(db: &mut Connection, entity: &str) -> u64 {
+    let mut rows = db.query::<T>(entity).stream().await.unwrap();
+    while rows.next().await.is_some() {}
+    rows.stats().rows
+}
+
+#[tokio::test]
+async fn a_stream_moves_into_a_task_in_generic_code_too() {
+    let database = table(1_000, 0);
+    let mut db = database.connect().await;
+    let counted = tokio::spawn(async move {
+        let counts = (count::<Doc>(&mut db, "t").await, count::<RawJson>(&mut db, "t").await);
+        (counts, spawn_count(db.into_query::<Value>("t").stream().await.unwrap()).await.unwrap())
+    });
+    assert_eq!(within(SOON, counted).await.unwrap(), ((1_000, 1_000), 1_000));
 }
 
 #[tokio::test]

@@ -5,12 +5,14 @@ use std::io::{BufRead as _, pipe};
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use backends::wait_until;
+use backends::{Postgres, send_signal, wait_until};
 
-use crate::support::{AT_ONCE, Database, Running, SOON, ndjson, next_line, stats, text};
+use crate::support::{AT_ONCE, Database, Running, SOON, ndjson, next_line, stats, text, with_hangup};
 
 /// Without end and fast; silent at once; silent after the first row, or after two where Postgres sends both (from 17 on).
 const VIEWS: &str = "
@@ -116,6 +118,108 @@ fn a_signal_ends_it_while_it_connects() {
         running.signal(signal);
         assert_eq!(running.end(AT_ONCE).code(), Some(code));
     }
+}
+
+#[test]
+fn a_signal_ends_it_while_a_host_name_is_resolved() {
+    // The C library reads this file before it resolves a name; here it waits for the file's end.
+    let file = std::env::temp_dir().join(format!("ndjson-test-hosts-{}", std::process::id()));
+    assert!(Command::new("mkfifo").arg(&file).status().unwrap().success());
+    for (signal, code) in SIGNALS {
+        let mut command = ndjson("postgres://u:p@db.example/d", &["docs"]);
+        let mut running = Running::start(command.env("RESOLV_HOST_CONF", &file));
+        let _end = opened_for_reading(&file);
+        running.signal(signal);
+        assert_eq!(running.end(AT_ONCE).code(), Some(code));
+    }
+    std::fs::remove_file(&file).unwrap();
+}
+
+/// The end of a pipe to write to, once somebody reads from it.
+fn opened_for_reading(pipe: &Path) -> File {
+    let (sender, opened) = channel();
+    let pipe = pipe.to_owned();
+    std::thread::spawn(move || sender.send(File::options().write(true).open(pipe)));
+    opened.recv_timeout(SOON).expect("the name is being resolved").expect("a pipe")
+}
+
+#[test]
+fn a_closed_terminal_ends_it_and_its_query() {
+    let database = Database::new("ending_terminal", VIEWS);
+    let running = Running::start(&mut with_hangup("default", &database.ndjson(&["silent"])));
+    database.until_backend_waits("PgSleep");
+    assert_stops(running, ("HUP", 129), &database);
+}
+
+#[test]
+fn under_nohup_it_outlives_its_terminal() {
+    let database = Database::new("ending_nohup", VIEWS);
+    let mut running = Running::start(&mut with_hangup("ignore", &database.ndjson(&["silent"])));
+    database.until_backend_waits("PgSleep");
+    running.signal("HUP");
+    running.stays(Duration::from_millis(300));
+    assert_stops(running, SIGNALS[1], &database);
+}
+
+/// A server that cannot cancel anything for now, and the program in a query on it.
+struct Stuck {
+    server: Postgres,
+    running: Running,
+}
+
+impl Stuck {
+    fn start(command: impl FnOnce(&str) -> Command) -> Self {
+        let server = Postgres::start().expect("a server");
+        server.psql("postgres", VIEWS).expect("good SQL");
+        let running = Running::start(&mut command(&server.url()));
+        let stuck = Self { server, running };
+        assert!(wait_until(SOON, || stuck.queries() == "1\n"));
+        assert!(send_signal("STOP", stuck.server.postmaster_pid()));
+        stuck
+    }
+
+    fn queries(&self) -> String {
+        let count = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
+        self.server.psql("postgres", count).expect("good SQL")
+    }
+
+    fn go_on(&self) {
+        assert!(send_signal("CONT", self.server.postmaster_pid()));
+    }
+}
+
+impl Drop for Stuck {
+    fn drop(&mut self) {
+        self.go_on();
+    }
+}
+
+#[test]
+fn a_terminal_that_hangs_up_twice_still_has_the_query_cancelled() {
+    // The kernel and the shell both send the signal.
+    let mut stuck = Stuck::start(|url| with_hangup("default", &ndjson(url, &["silent"])));
+    stuck.running.signal("HUP");
+    stuck.running.stays(Duration::from_millis(300));
+    stuck.running.signal("HUP");
+    stuck.running.stays(Duration::from_millis(300));
+    stuck.go_on();
+    assert_eq!(stuck.running.end(AT_ONCE).code(), Some(129));
+    assert_eq!(stuck.queries(), "0\n");
+}
+
+#[test]
+fn a_second_signal_waits_neither_for_the_server_nor_for_the_collector() {
+    let collector = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", collector.local_addr().unwrap());
+    let mut stuck = Stuck::start(|url| {
+        let mut command = ndjson(url, &["silent"]);
+        command.env("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint);
+        command
+    });
+    stuck.running.signal("INT");
+    stuck.running.stays(Duration::from_millis(300));
+    stuck.running.signal("TERM");
+    assert_eq!(stuck.running.end(AT_ONCE).code(), Some(130));
 }
 
 #[test]

@@ -112,6 +112,19 @@ pub(crate) fn ndjson(url: &str, args: &[&str]) -> Command {
     command
 }
 
+/// The same program with SIGHUP set to `default`, or to `ignore` as by `nohup`, whatever holds for this process.
+pub(crate) fn with_hangup(effect: &str, program: &Command) -> Command {
+    let mut command = Command::new("env");
+    command.arg(format!("--{effect}-signal=HUP")).arg(program.get_program()).args(program.get_args());
+    for (name, value) in program.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    command
+}
+
 /// Checks that it is a failure as it should be, and returns its line.
 pub(crate) fn complaint(output: &Output) -> String {
     let line = text(&output.stderr);
@@ -186,6 +199,12 @@ impl Running {
 
     pub(crate) fn signal(&self, name: &str) {
         assert!(send_signal(name, self.0.id()));
+    }
+
+    /// Fails if it ends within this time.
+    pub(crate) fn stays(&mut self, time: Duration) {
+        let ended = || self.0.try_wait().expect("it is our child").is_some();
+        assert!(!wait_until(time, ended), "it has ended");
     }
 
     /// Waits for its end, which must come within `limit`.
