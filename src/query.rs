@@ -180,6 +180,7 @@ impl<'p, T: FromJson, C: BorrowMut<Connection>> Query<'p, T, C> {
         parts.receiver.resume();
         match prepared.and_then(|types| postgres::encode(&self.values, &types)) {
             Ok(values) => {
+                parts.recorder.accepted();
                 // If nobody takes them, the stream's first item says why.
                 let _ = bind.send(values);
                 Ok(JsonStream::new(parts, self.connection))
@@ -193,25 +194,15 @@ impl<'p, T: FromJson, C: BorrowMut<Connection>> Query<'p, T, C> {
 
     /// Opens the query span and all else that tells of the stream.
     fn record(&self, stream: Observer, text: &str) -> Recorder {
-        let Connection { session, telemetry } = self.connection.borrow();
-        let (schema, peer) = (self.sql.schema(), session.peer());
+        let telemetry = &self.connection.borrow().telemetry;
         let about = telemetry::Query {
             entity: &self.sql.entity,
             summary: &format!("SELECT {}", self.sql.entity),
-            namespace: namespace(session.database(), schema.as_deref().or_else(|| session.schema())),
-            address: &peer.address(),
-            port: Some(peer.port()).filter(|port| *port != 5432),
+            schema: self.sql.schema(),
+            database: &telemetry.database,
             text: telemetry.query_text.then_some(text),
         };
-        Recorder::start(&telemetry.instruments, stream, &about, telemetry.poll_spans)
-    }
-}
-
-/// `{database}|{schema}`, or the one that is known.
-fn namespace(database: Option<&str>, schema: Option<&str>) -> Option<String> {
-    match (database, schema) {
-        (Some(database), Some(schema)) => Some(format!("{database}|{schema}")),
-        (one, other) => one.or(other).map(ToOwned::to_owned),
+        Recorder::start(&telemetry.instruments, stream, about, telemetry.poll_spans)
     }
 }
 
