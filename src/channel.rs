@@ -12,11 +12,13 @@ use crate::chunk::{Chunk, Filling};
 use crate::config::Limits;
 use crate::error::Error;
 use crate::gauge::Gauge;
-use crate::time::{Clock, Consumer, Nanos, Producer};
+use crate::ledger::{Consumer, Ledger, Producer};
+use crate::time::{Clock, Nanos};
+use crate::watchdog::Watchdog;
 
-/// Makes a channel and what the two sides and all observers see of it.
-pub(crate) fn bounded(limits: Limits, clock: Clock) -> (Sender, Receiver) {
-    let gauge = Arc::new(Gauge::new(limits.rows, limits.bytes, clock));
+/// Makes a channel whose consumer runs on the runtime of `watchdog`.
+pub(crate) fn bounded(limits: Limits, clock: Clock, watchdog: Arc<Watchdog>) -> (Sender, Receiver) {
+    let gauge = Arc::new(Gauge::new(limits.rows, limits.bytes, Ledger::new(clock, watchdog)));
     let shared = Arc::new(Shared { limits, gauge, state: Mutex::default() });
     (Sender(Arc::clone(&shared)), Receiver { shared, emptied: Filling::default() })
 }
@@ -57,14 +59,9 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Something came into the channel: tells the ledger and finds whom to wake.
+    /// Books that something came into the channel and finds whom to wake.
     fn arrived(&self, state: &mut State) -> Option<Waker> {
-        let ledger = &self.gauge.ledger;
-        if ledger.consumer_is(Consumer::SourceWait) {
-            ledger.consumer(Consumer::Scheduled, ledger.now());
-        } else if ledger.consumer_is(Consumer::Overlap) {
-            ledger.consumer(Consumer::Backlog, ledger.now());
-        }
+        self.gauge.ledger.rows_came();
         state.consumer.take()
     }
 
@@ -87,14 +84,11 @@ impl Shared {
         state.bytes -= chunk.bytes();
         gauge.hold(state.rows, state.bytes);
         state.emptied = std::mem::take(emptied);
-        let next = busy(state);
         let at = ledger.now();
-        if !ledger.consumer_is(next) {
-            ledger.consumer(next, at);
-        }
+        let came_late = ledger.take(busy(state), at);
         state.consumer = None;
         let producer = if ledger.producer_is(Producer::Room) { state.producer.take() } else { None };
-        Some((Taken::Chunk { chunk, occupancy, at }, producer))
+        Some((Taken::Chunk { chunk, occupancy, came_late, at }, producer))
     }
 }
 
@@ -216,8 +210,9 @@ impl Drop for Sender {
 /// What the consumer takes out.
 #[derive(Debug)]
 pub(crate) enum Taken {
-    /// A chunk, and the rows that waited in the channel just before it was taken.
-    Chunk { chunk: Chunk, occupancy: Occupancy, at: Nanos },
+    /// A chunk, and what waited in the channel just before it was taken; `came_late` if the consumer let it wait
+    /// although it had been woken.
+    Chunk { chunk: Chunk, occupancy: Occupancy, came_late: bool, at: Nanos },
     /// The source ended, well or with an error. Nothing follows.
     End(Result<(), Error>),
     /// The producer vanished without an end mark. Nothing follows.
@@ -244,10 +239,6 @@ impl Receiver {
         &self.shared.gauge
     }
 
-    pub(crate) fn witness(&self) -> Witness {
-        Witness(Arc::clone(&self.shared))
-    }
-
     /// Gives back the memory of a chunk.
     pub(crate) fn give_back(&mut self, emptied: Filling) {
         self.emptied = emptied;
@@ -257,10 +248,7 @@ impl Receiver {
     pub(crate) fn poll_take(&mut self, cx: &Context<'_>, polled: Nanos) -> Poll<Taken> {
         let mut state = self.shared.lock();
         let Some((taken, producer)) = self.shared.take(&mut state, &mut self.emptied) else {
-            let ledger = &self.shared.gauge.ledger;
-            if !ledger.consumer_is(Consumer::SourceWait) {
-                ledger.consumer(Consumer::SourceWait, polled);
-            }
+            self.shared.gauge.ledger.wait(polled);
             register(&mut state.consumer, cx);
             return Poll::Pending;
         };
@@ -299,7 +287,23 @@ impl Receiver {
         ledger.consumer(next(&state), ledger.now());
     }
 
-    /// Tells the producer that nothing more is wanted, and drops what waits. Both lives end here.
+    /// Forgets whom to wake, for a caller that is about to look again.
+    pub(crate) fn forget_waker(&mut self) {
+        self.shared.lock().consumer = None;
+    }
+
+    /// Returns how the source ended, if rows need not be taken first to know it: a good end is one only when
+    /// nothing lies before it.
+    pub(crate) fn peek_end(&self) -> Option<Ended> {
+        let state = self.shared.lock();
+        match &state.end {
+            Some(Ok(())) if state.chunks.is_empty() => Some(Ended::Well),
+            Some(Err(_)) => Some(Ended::Failed),
+            _ => None,
+        }
+    }
+
+    /// Lets the producer know that nothing more is wanted, and drops what waits. Both lives end here.
     pub(crate) fn close(&mut self) {
         let Gauge { ledger, .. } = &*self.shared.gauge;
         let mut state = self.shared.lock();
@@ -316,22 +320,11 @@ impl Receiver {
     }
 }
 
-/// Holds no end of the channel; tells the ledger whether the runtime is alive.
-#[derive(Debug)]
-pub(crate) struct Witness(Arc<Shared>);
-
-impl Witness {
-    pub(crate) fn now(&self) -> Nanos {
-        self.0.gauge.ledger.now()
-    }
-
-    /// A timer's task runs, and will again in `left`; see `Ledger::expect_timer`.
-    pub(crate) fn expect_timer(&self, left: Nanos) {
-        let state = self.0.lock();
-        let ledger = &self.0.gauge.ledger;
-        ledger.expect_timer(ledger.now().saturating_add(left));
-        drop(state);
-    }
+/// How a source ended whose end was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    Well,
+    Failed,
 }
 
 /// The consumer has rows in its hands: does anything wait behind them?
@@ -359,7 +352,7 @@ mod tests {
     const LIMITS: Limits = Limits { rows: 4, bytes: 100, chunk_rows: 2, chunk_bytes: 50 };
 
     fn channel() -> (Sender, Receiver) {
-        bounded(LIMITS, Clock::start())
+        bounded(LIMITS, Clock::start(), Arc::new(Watchdog::new(Clock::start())))
     }
 
     fn rows(count: usize, bytes: usize) -> Chunk {
@@ -475,7 +468,8 @@ mod tests {
     /// Runs `script` with a clock moved by hand and gives what the ledger holds then, in milliseconds.
     fn ledger(script: impl FnOnce(&dyn Fn(Nanos), &mut Sender, &mut Receiver)) -> ([Nanos; 5], [Nanos; 2]) {
         let (clock, hand) = manual();
-        let (mut sender, mut receiver) = bounded(LIMITS, clock);
+        let watchdog = Arc::new(Watchdog::new(clock.clone()));
+        let (mut sender, mut receiver) = bounded(LIMITS, clock, watchdog);
         let at = |ms: Nanos| hand.store(ms * 1_000_000, Ordering::Relaxed);
         script(&at, &mut sender, &mut receiver);
         let times = receiver.gauge().ledger.read();
@@ -494,7 +488,7 @@ mod tests {
             assert!(!poll_once(receiver));
             at(4); // source wait
             sender.send(rows(2, 1));
-            at(6); // scheduled
+            at(6); // backlog: woken, and busy elsewhere
             assert!(poll_once(receiver));
             at(11); // overlap: rows in hand, channel empty
             sender.send(rows(4, 1));
@@ -506,7 +500,7 @@ mod tests {
             sender.finish(Ok(()));
             at(30); // backlog: the end mark waits
         });
-        assert_eq!(consumer, [3, 2, 1 + 5 + 1, 10 + 8, 0]);
+        assert_eq!(consumer, [3, 0, 1 + 5 + 1, 2 + 10 + 8, 0]);
         assert_eq!(producer, [11 + 1, 10]);
     }
 

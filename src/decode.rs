@@ -157,6 +157,11 @@ impl<T: FromJson> InHand<T> {
         (self.given, self.start) = (0, 0);
     }
 
+    /// Whether all rows of the chunk are given out.
+    pub(crate) fn is_used_up(&self) -> bool {
+        self.given >= self.ends.len()
+    }
+
     /// Lets go of a chunk whose rows are all given out; its memory can be used again.
     pub(crate) fn put_down(&mut self) -> Filling {
         self.given = 0;
@@ -287,7 +292,9 @@ mod tests {
     use super::*;
     use crate::chunk;
     use crate::gauge::Gauge;
+    use crate::ledger::Ledger;
     use crate::time::manual;
+    use crate::watchdog::Watchdog;
 
     fn decode<T: FromJson>(rows: &[&[u8]]) -> Vec<Result<T, Error>> {
         let mut in_hand = InHand::<T>::default();
@@ -332,7 +339,8 @@ mod tests {
     fn decoding(rows: &[&[u8]]) -> Nanos {
         let (clock, hand) = manual();
         HAND.set(hand);
-        let gauge = Arc::new(Gauge::new(256, 1 << 20, clock));
+        let gauge =
+            Arc::new(Gauge::new(256, 1 << 20, Ledger::new(clock.clone(), Arc::new(Watchdog::new(clock)))));
         let stream = Observer { entity: "t".into(), gauge, progress: Arc::default() };
         let (mut sampler, mut in_hand) = (Sampler::default(), InHand::<Slow>::default());
         in_hand.take(chunk::of(rows));

@@ -62,6 +62,10 @@ pub enum ErrorKind {
         /// The row, counted from 0 in the order of the stream.
         row: u64,
     },
+    /// The transaction that is open on the connection is aborted: a stream in it was dropped before its end, which
+    /// cancelled its query. Nothing was sent. Reported once, by whatever uses the connection next; run `ROLLBACK`,
+    /// or `ROLLBACK TO` a savepoint set before the stream.
+    TransactionAborted,
     /// The task that reads from Postgres vanished without a word: it panicked, or its runtime was shut down.
     Lost,
 }
@@ -75,6 +79,7 @@ impl ErrorKind {
             Self::Query => "query",
             Self::Disconnected => "disconnected",
             Self::Decode { .. } => "decode",
+            Self::TransactionAborted => "transaction_aborted",
             Self::Lost => "lost",
         }
     }
@@ -138,6 +143,28 @@ impl Error {
     /// The connection was given up after a cancel that did not come to an end.
     pub(crate) fn closed() -> Self {
         Self::new(ErrorKind::Disconnected, "the connection is closed; connect again")
+    }
+
+    pub(crate) fn no_runtime() -> Self {
+        Self::config(
+            "there is no tokio runtime here; await the stream in a task of one, or enter it with Runtime::enter",
+        )
+    }
+
+    pub(crate) fn transaction_aborted() -> Self {
+        let message = "the open transaction is aborted: a stream in it was dropped before its end, which cancelled its query; run ROLLBACK, or ROLLBACK TO a savepoint set before the stream (to stop early and keep the transaction, end the stream with drain())";
+        Self::new(ErrorKind::TransactionAborted, message)
+    }
+
+    /// Whether the server refused a prepared statement that it would accept if it were prepared again: it was
+    /// deallocated, or the type of its result has changed.
+    pub(crate) fn is_stale_statement(&self) -> bool {
+        self.db_error().is_some_and(|db| match *db.code() {
+            SqlState::INVALID_SQL_STATEMENT_NAME => true,
+            // The message is translated, the name of the function is not.
+            SqlState::FEATURE_NOT_SUPPORTED => db.routine() == Some("RevalidateCachedQuery"),
+            _ => false,
+        })
     }
 
     pub(crate) fn decode(

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use crate::time::{Clock, Ledger};
+use crate::ledger::Ledger;
 
 /// Written under the channel's lock; read by whoever looks, who never waits.
 #[derive(Debug)]
@@ -17,11 +17,11 @@ pub(crate) struct Gauge {
 }
 
 impl Gauge {
-    pub(crate) fn new(row_limit: usize, byte_limit: usize, clock: Clock) -> Self {
+    pub(crate) fn new(row_limit: usize, byte_limit: usize, ledger: Ledger) -> Self {
         Self {
             row_limit,
             byte_limit,
-            ledger: Ledger::new(clock),
+            ledger,
             rows: AtomicUsize::new(0),
             bytes: AtomicUsize::new(0),
             peak_bytes: AtomicUsize::new(0),

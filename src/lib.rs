@@ -59,19 +59,23 @@ mod connection;
 mod decode;
 mod error;
 mod gauge;
+mod launch;
+mod ledger;
 #[cfg(feature = "otlp")]
 pub mod otlp;
+mod partition;
 mod postgres;
-mod probe;
 mod producer;
 mod query;
+mod reader;
 mod source;
 mod stats;
 mod stream;
 mod telemetry;
 mod time;
+mod watchdog;
 
-pub use connection::{Builder, Connection};
+pub use connection::{Builder, Connection, Hold, StreamError};
 pub use decode::{FromJson, RawJson};
 pub use error::{Error, ErrorKind, Result};
 pub use query::Query;

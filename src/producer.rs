@@ -6,14 +6,19 @@ use crate::channel::{Closed, Room, Sender};
 use crate::chunk::{Chunk, Filling};
 use crate::config::Limits;
 use crate::error::Error;
+use crate::launch::Handover;
 use crate::source::Source;
 
 /// Moves all rows of `source` into the channel; returns when the source has ended, or has failed, and all
 /// that came before is in the channel. `Closed` says that the consumer left first.
 ///
 /// Room is asked for before rows are read, so what is read can always be sent and at most one row waits
-/// outside of the channel's bounds.
-pub(crate) async fn run(sender: &mut Sender, source: &mut impl Source) -> Result<Result<(), Error>, Closed> {
+/// outside of the channel's bounds. If there is more than one chunk, it goes on in a task.
+pub(crate) async fn run(
+    sender: &mut Sender,
+    source: &mut impl Source,
+    handover: &Handover,
+) -> Result<Result<(), Error>, Closed> {
     let mut cutter = Cutter::new(sender.limits());
     loop {
         let next = cutter.held.as_ref().map_or(0, Vec::len);
@@ -29,7 +34,7 @@ pub(crate) async fn run(sender: &mut Sender, source: &mut impl Source) -> Result
             cutter.filling.expect(rows, bytes);
         }
         match cut {
-            Ok(false) => {}
+            Ok(false) => handover.into_task().await,
             Ok(true) => return Ok(Ok(())),
             Err(error) => return Ok(Err(error)),
         }
@@ -99,6 +104,7 @@ impl Cutter {
 #[cfg(test)]
 mod tests {
     use std::pin::Pin;
+    use std::sync::Arc;
 
     use futures::Stream;
     use futures::channel::mpsc;
@@ -107,11 +113,12 @@ mod tests {
     use super::*;
     use crate::channel::{Receiver, Taken, bounded};
     use crate::time::Clock;
+    use crate::watchdog::Watchdog;
 
     const LIMITS: Limits = Limits { rows: 8, bytes: 80, chunk_rows: 4, chunk_bytes: 40 };
 
     fn channel() -> (Sender, Receiver) {
-        bounded(LIMITS, Clock::start())
+        bounded(LIMITS, Clock::start(), Arc::new(Watchdog::new(Clock::start())))
     }
 
     type Row = Result<&'static str, Error>;
@@ -144,9 +151,10 @@ mod tests {
     #[test]
     fn rows_are_cut_into_chunks_and_what_is_ready_does_not_wait() {
         let (mut sender, mut receiver) = channel();
+        let in_task = Handover::done();
         let (rows, source) = mpsc::unbounded();
         let mut source = From(source);
-        let mut work = task::spawn(run(&mut sender, &mut source));
+        let mut work = task::spawn(run(&mut sender, &mut source, &in_task));
         for _ in 0..6 {
             rows.unbounded_send(Ok("1")).unwrap();
         }
@@ -159,9 +167,10 @@ mod tests {
     #[test]
     fn a_full_channel_makes_the_source_wait() {
         let (mut sender, mut receiver) = channel();
+        let in_task = Handover::done();
         let source = futures::stream::iter((0..100).map(|_| Ok("1")));
         let mut source = From(source);
-        let mut work = task::spawn(run(&mut sender, &mut source));
+        let mut work = task::spawn(run(&mut sender, &mut source, &in_task));
         assert_pending!(work.poll());
         assert_eq!(receiver.gauge().rows(), 8, "full to the row");
         assert_eq!(chunks(&mut receiver), (vec![4, 4], false));
@@ -171,13 +180,14 @@ mod tests {
     #[test]
     fn a_row_that_does_not_fit_waits_and_keeps_its_place() {
         let (mut sender, mut receiver) = channel();
+        let in_task = Handover::done();
         let source = futures::stream::iter([
             Ok("1"),
             Ok("22222222222222222222222222222222222222222222222222222222222222222222222222222222222222222"),
             Ok("3"),
         ]);
         let mut source = From(source);
-        let mut work = task::spawn(run(&mut sender, &mut source));
+        let mut work = task::spawn(run(&mut sender, &mut source, &in_task));
         let mut seen = Vec::new();
         for _ in 0..3 {
             let _ = work.poll();
@@ -192,9 +202,10 @@ mod tests {
     #[test]
     fn a_chunk_is_cut_before_it_has_too_many_bytes() {
         let (mut sender, mut receiver) = channel();
+        let in_task = Handover::done();
         let source = futures::stream::iter(["30 bytes, which is not too much"; 2].map(Ok));
         let mut source = From(source);
-        let mut work = task::spawn(run(&mut sender, &mut source));
+        let mut work = task::spawn(run(&mut sender, &mut source, &in_task));
         assert!(matches!(assert_ready!(work.poll()), Ok(Ok(()))));
         drop(work);
         assert_eq!(chunks(&mut receiver).0, [1, 1]);
@@ -203,9 +214,10 @@ mod tests {
     #[test]
     fn rows_before_an_error_are_sent_before_it() {
         let (mut sender, mut receiver) = channel();
+        let in_task = Handover::done();
         let source = futures::stream::iter([Ok("1"), Ok("2"), Err(Error::lost())]);
         let mut source = From(source);
-        let mut work = task::spawn(run(&mut sender, &mut source));
+        let mut work = task::spawn(run(&mut sender, &mut source, &in_task));
         assert!(matches!(assert_ready!(work.poll()), Ok(Err(_))));
         drop(work);
         assert_eq!(chunks(&mut receiver).0, [2]);
@@ -214,8 +226,9 @@ mod tests {
     #[test]
     fn a_consumer_that_leaves_ends_the_work_also_while_the_source_is_silent() {
         let (mut sender, receiver) = channel();
+        let in_task = Handover::done();
         let mut source = From(futures::stream::pending::<Row>());
-        let mut work = task::spawn(run(&mut sender, &mut source));
+        let mut work = task::spawn(run(&mut sender, &mut source, &in_task));
         assert_pending!(work.poll());
         drop(receiver);
         assert!(work.is_woken());

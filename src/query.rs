@@ -1,25 +1,29 @@
 //! `Query`: what to stream and within which bounds; `stream` is the only place where the stages are joined.
 
-use std::borrow::BorrowMut;
 use std::fmt;
 use std::sync::Arc;
+use std::task::Poll;
 
+use tokio::runtime::Handle;
 use tokio::sync::oneshot;
-use tokio::task::JoinSet;
+use tokio_postgres::Statement;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
 
-use crate::channel::{Sender, bounded};
+use crate::channel::{Receiver, Sender, bounded};
 use crate::config::Limits;
-use crate::connection::Connection;
+use crate::connection::{Connection, Hold};
 use crate::decode::FromJson;
 use crate::error::{Error, Result};
-use crate::postgres::{self, Cancelled, Lease, Sql, Value};
-use crate::probe::Probe;
+use crate::launch::{Handover, Launch, Work};
+use crate::postgres::{self, Cancelled, Lease, RawRows, Sql, Value};
 use crate::producer;
+use crate::reader::{Parts, Predicate};
 use crate::stats::Observer;
-use crate::stream::{JsonStream, Parts, Predicate};
-use crate::telemetry::{self, Recorder};
+use crate::stream::JsonStream;
+use crate::telemetry::{self, Heartbeat, Recorder};
 use crate::time::Clock;
+use crate::watchdog::Watchdog;
 
 /// A query for the JSON documents of one entity; made by [`Connection::query`] or
 /// [`Connection::into_query`].
@@ -54,7 +58,7 @@ pub struct Query<'p, T, C> {
     max_memory: Option<usize>,
 }
 
-impl<'p, T: FromJson, C: BorrowMut<Connection>> Query<'p, T, C> {
+impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
     pub(crate) fn new(connection: C, entity: &str) -> Self {
         Self {
             connection,
@@ -136,57 +140,56 @@ impl<'p, T: FromJson, C: BorrowMut<Connection>> Query<'p, T, C> {
     /// # Cancel safety
     ///
     /// Dropping the future cancels the query and leaves the connection clean.
-    pub async fn stream(self) -> Result<JsonStream<T, C>> {
+    pub async fn stream(mut self) -> Result<JsonStream<T, C>, C::Error> {
         let entity: Arc<str> = Arc::from(self.sql.entity.as_str());
-        self.start(&entity).await.map_err(|error| error.of_entity(&entity))
+        match self.start(&entity).await {
+            Ok(parts) => Ok(JsonStream::new(parts, self.connection)),
+            Err(error) => Err(self.connection.give_back(error.of_entity(&entity))),
+        }
     }
 
-    async fn start(self, entity: &Arc<str>) -> Result<JsonStream<T, C>> {
+    async fn start(&mut self, entity: &Arc<str>) -> Result<Parts<T>> {
         let limits = Limits::new(self.chunk_size, self.max_memory)?;
         let text = self.sql.text()?;
+        let runtime = Handle::try_current().map_err(|_| Error::no_runtime())?;
         let session = Arc::clone(&self.connection.borrow().session);
-        let turn = session.turn().await?;
+        let turn = session.turn_for_query().await?;
 
-        let (sender, receiver) = bounded(limits, Clock::start());
+        let watchdog = Watchdog::of(&runtime);
+        let (sender, mut receiver) = bounded(limits, Clock::start(), Arc::clone(&watchdog));
         let observer = Observer {
             entity: Arc::clone(entity),
             gauge: Arc::clone(receiver.gauge()),
             progress: Arc::default(),
         };
-        let recorder = self.record(observer.clone(), &text);
-        let span = recorder.span().clone();
-        let probe = Probe::new(receiver.witness());
-        let mut parts = Parts {
-            receiver,
-            predicate: self.predicate,
-            observer: observer.clone(),
-            recorder,
-            probe: Arc::clone(&probe),
-        };
+        let mut recorder = self.record(observer.clone(), &text);
+        let handover = Handover::default();
+        let lease = Lease::new(&session, turn, recorder.span(), &handover);
+        let heartbeat = Heartbeat::new(observer.clone(), recorder.span().clone());
+        let launch = |work: Work| Launch::new(runtime, watchdog, (work, handover), heartbeat);
 
-        let (types, prepared) = oneshot::channel();
-        let (bind, values) = oneshot::channel();
-        let lease = Lease::new(&session, turn, &span);
-        let work = produce(Task { lease, text, sender, types, values });
-        tokio::spawn(async move {
-            // Ends with the work, however that ends.
-            let mut beside = JoinSet::new();
-            beside.spawn(telemetry::heartbeat(observer, span));
-            beside.spawn(probe.run());
-            work.await;
-        });
-        parts.receiver.wait_for_start();
-        let prepared = prepared.await.unwrap_or_else(|_| Err(Error::lost()));
-        parts.receiver.resume();
-        match prepared.and_then(|types| postgres::encode(&self.values, &types)) {
-            Ok(values) => {
-                parts.recorder.accepted();
-                // If nobody takes them, the stream's first item says why.
-                let _ = bind.send(values);
-                Ok(JsonStream::new(parts, self.connection))
+        let statement = session.statement(&text);
+        let unseen_failure = Arc::clone(session.unseen_failure());
+        // The task alone keeps the session from here on, until it gives back the turn.
+        drop(session);
+        let task = Task { lease, text, sender };
+        let launched = match statement {
+            Some(statement) => {
+                let values = postgres::encode(&self.values, statement.params());
+                values.map(|values| launch(Box::pin(task.query(statement, values))))
+            }
+            None => prepare(task, launch, &mut receiver, &self.values).await,
+        };
+        match launched {
+            Ok(launch) => {
+                recorder.accepted();
+                // Sends the query: Postgres works on it before the first poll.
+                std::future::poll_fn(|cx| Poll::Ready(launch.poll(cx))).await;
+                let predicate = self.predicate.take();
+                Ok(Parts { receiver, predicate, observer, recorder, unseen_failure, launch })
             }
             Err(error) => {
-                parts.recorder.ended(Some(Err(&error)));
+                recorder.ended(Some(Err(&error)));
                 Err(error)
             }
         }
@@ -194,7 +197,7 @@ impl<'p, T: FromJson, C: BorrowMut<Connection>> Query<'p, T, C> {
 
     /// Opens the query span and all else that tells of the stream.
     fn record(&self, stream: Observer, text: &str) -> Recorder {
-        let telemetry = &self.connection.borrow().telemetry;
+        let Connection { telemetry, .. } = self.connection.borrow();
         let about = telemetry::Query {
             entity: &self.sql.entity,
             summary: &format!("SELECT {}", self.sql.entity),
@@ -204,6 +207,29 @@ impl<'p, T: FromJson, C: BorrowMut<Connection>> Query<'p, T, C> {
         };
         Recorder::start(&telemetry.instruments, stream, about, telemetry.poll_spans)
     }
+}
+
+/// Launches the work with a statement that Postgres has to prepare first.
+async fn prepare(
+    task: Task,
+    launch: impl FnOnce(Work) -> Launch,
+    receiver: &mut Receiver,
+    values: &[&(dyn ToSql + Sync)],
+) -> Result<Launch> {
+    let (types, mut prepared) = oneshot::channel();
+    let (bind, bound) = oneshot::channel();
+    let launch = launch(Box::pin(task.prepare_and_query(types, bound)));
+    receiver.wait_for_start();
+    let prepared = std::future::poll_fn(|cx| {
+        launch.poll(cx);
+        std::pin::Pin::new(&mut prepared).poll(cx)
+    });
+    let types = prepared.await.unwrap_or_else(|_| Err(Error::lost()));
+    receiver.resume();
+    let values = postgres::encode(values, &types?)?;
+    // If nobody takes them, the stream's first item says why.
+    let _ = bind.send(values);
+    Ok(launch)
 }
 
 impl<T, C> fmt::Debug for Query<'_, T, C> {
@@ -217,56 +243,97 @@ impl<T, C> fmt::Debug for Query<'_, T, C> {
     }
 }
 
-/// What the task beside a stream needs.
+/// What runs beside a stream: from the query's text to its last row, and the clean-up when the consumer leaves.
 struct Task {
     lease: Lease,
     text: String,
     sender: Sender,
-    /// Gets the types of the parameters once the statement is prepared.
-    types: oneshot::Sender<Result<Vec<Type>>>,
-    /// Gives the values for them.
-    values: oneshot::Receiver<Vec<Value>>,
 }
 
-/// Runs a query from its text to its last row, and cleans up behind it when the consumer leaves.
-async fn produce(task: Task) {
-    let Task { lease, text, mut sender, types, values } = task;
-    let statement = match lease.prepare(&text, gone(&mut sender)).await {
-        Ok(Ok(statement)) => statement,
-        Ok(Err(error)) => {
-            // Where nobody waits for it, nobody wants the query.
-            let _ = types.send(Err(error));
-            return;
+impl Task {
+    /// Prepares the statement, sends the types of its parameters, and gets the values for them.
+    async fn prepare_and_query(
+        mut self,
+        types: oneshot::Sender<Result<Vec<Type>>>,
+        values: oneshot::Receiver<Vec<Value>>,
+    ) {
+        let statement = match self.prepare().await {
+            Ok(Ok(statement)) => statement,
+            Ok(Err(error)) => {
+                // Where nobody waits for it, nobody wants the query.
+                let _ = types.send(Err(error));
+                return;
+            }
+            Err(Cancelled) => return,
+        };
+        let _ = types.send(Ok(statement.params().to_vec()));
+        if let Ok(values) = values.await {
+            self.query(statement, values).await;
         }
-        Err(Cancelled) => return,
-    };
-    let _ = types.send(Ok(statement.params().to_vec()));
-    let Ok(values) = values.await else { return };
-    let mut rows = match lease.query(&statement, values, gone(&mut sender)).await {
-        Ok(Ok(rows)) => rows,
-        Ok(Err(error)) => return sender.finish(Err(error)),
-        Err(Cancelled) => return,
-    };
-    match producer::run(&mut sender, &mut rows).await {
-        Ok(Ok(())) => {
-            sender.finish(Ok(()));
-            lease.finish(rows).await;
-        }
-        // The server's error has ended the query; any other has not.
-        Ok(Err(error)) if error.sqlstate().is_some() => {
-            sender.finish(Err(lease.explain(error).await));
-            lease.finish(rows).await;
-        }
-        Ok(Err(error)) => {
-            sender.finish(Err(lease.explain(error).await));
-            lease.cancel(rows).await;
-        }
-        Err(_) => lease.cancel(rows).await,
     }
-    // The lease ends here, with the statement closed behind the query.
-    drop((statement, lease));
-    // The heartbeat goes on while the consumer works off what is left.
-    gone(&mut sender).await;
+
+    async fn prepare(&mut self) -> Result<Result<Statement>, Cancelled> {
+        self.lease.prepare(&self.text, gone(&mut self.sender)).await
+    }
+
+    async fn query(mut self, statement: Statement, values: Vec<Value>) {
+        let started = match self.begin(&statement, &values).await {
+            Ok(Err(error)) if error.is_stale_statement() => {
+                self.begin_again(&statement, &values, error).await
+            }
+            started => started,
+        };
+        let Self { lease, mut sender, .. } = self;
+        let mut rows = match started {
+            Ok(Ok(rows)) => rows,
+            Ok(Err(error)) => return sender.finish(Err(error)),
+            Err(Cancelled) => return,
+        };
+        match producer::run(&mut sender, &mut rows, lease.handover()).await {
+            Ok(Ok(())) => {
+                sender.finish(Ok(()));
+                lease.finish(rows).await;
+            }
+            // The server's error has ended the query; any other has not.
+            Ok(Err(error)) if error.sqlstate().is_some() => {
+                sender.finish(Err(lease.explain(error).await));
+                lease.finish(rows).await;
+            }
+            Ok(Err(error)) => {
+                sender.finish(Err(lease.explain(error).await));
+                lease.cancel(rows).await;
+            }
+            Err(_) => lease.cancel(rows).await,
+        }
+        // If it is not kept, it is closed behind the query, and before another one begins.
+        drop(statement);
+    }
+
+    async fn begin(&mut self, statement: &Statement, values: &[Value]) -> Result<Result<RawRows>, Cancelled> {
+        self.lease.query(statement, values, gone(&mut self.sender)).await
+    }
+
+    /// Prepares a statement again that the server does not accept any more, after a change of the schema or
+    /// `DISCARD ALL`, and runs it. In a transaction, which `stale` has aborted, that fails.
+    async fn begin_again(
+        &mut self,
+        before: &Statement,
+        values: &[Value],
+        stale: Error,
+    ) -> Result<Result<RawRows>, Cancelled> {
+        self.lease.forget(&self.text);
+        match self.prepare().await? {
+            Ok(statement) if statement.params() == before.params() => self.begin(&statement, values).await,
+            Ok(_) => {
+                Ok(Err(stale.with_note("the types of its parameters have changed; run the query again")))
+            }
+            Err(error) if error.sqlstate() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => Ok(Err(stale
+                .with_note(
+                    "the schema changed after the statement was prepared; run the transaction again",
+                ))),
+            Err(error) => Ok(Err(error)),
+        }
+    }
 }
 
 /// Waits until the consumer has left.

@@ -6,13 +6,48 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::gauge::Gauge;
-use crate::time::{Consumer, Producer, Times};
+use crate::ledger::{Consumer, Producer, Times};
+use crate::time::Nanos;
 
 /// Which side sets the pace of a stream.
 ///
 /// It names a side, not a fault: a stream that goes as fast as your disk writes is `ConsumerBound` and well.
-/// How much it matters is told by the [`Shares`] beside it: up to 10 % of the time is nothing, up to 50 % is
-/// some, above that the stream is bound by that side.
+/// The [`Shares`] beside it say how much it matters: up to 10 % of the time is nothing, up to 50 % is some, above
+/// that the stream is bound by that side.
+///
+/// # How it is found
+///
+/// Each moment of a stream's life belongs to one of four shares, by who waits for whom:
+///
+/// | share | at that moment | if it dominates |
+/// |---|---|---|
+/// | backlog | your code is busy, and rows, or the end, wait in the channel for it | [`ConsumerBound`](Self::ConsumerBound) |
+/// | source wait | your code waits, and the channel is empty | [`SourceBound`](Self::SourceBound) |
+/// | scheduled | your code waits and is ready to go on, but the async runtime is late to run it | [`RuntimeBound`](Self::RuntimeBound) |
+/// | overlap | your code is busy, and the channel is empty: nobody waits | |
+///
+/// A share dominates if it is above 10 % and at least twice the next of the first three. If none does, but the
+/// three add up to more than half of the time, the verdict is [`Mixed`](Self::Mixed); else it is
+/// [`Balanced`](Self::Balanced).
+///
+/// A consumer that was woken because rows came, and does not come for them, is either kept from it by the runtime
+/// or busy with something else: another branch of a `select!`, the batch before, a `join!`ed future. It is the
+/// runtime's time only as far as there is evidence that the runtime was late: a timer in a task of its own did not
+/// run in time either. All other time is the consumer's, and is backlog. A consumer that comes within 0.5 ms comes
+/// at once.
+///
+/// # What it cannot know
+///
+/// - Code that blocks the only thread of a runtime (a current-thread runtime, or one with a single worker) makes
+///   every timer late. Blocking code of the stream's own task is told from that of other tasks by its polls: it
+///   counts as the consumer's if it runs right after, or right before, a poll of the stream. Blocking code of the
+///   stream's task that runs long after its last poll and does not poll afterwards looks like that of another task.
+/// - Time in which your code holds rows is your code's, even if it awaits something that a starved runtime makes
+///   late.
+/// - The first delays of a runtime that was well before, for some tens of milliseconds, may be missed.
+/// - What happens below Postgres's socket is Postgres: a slow network looks like a slow database.
+///
+/// # Examples
 ///
 /// ```
 /// use fraiseql_stream::Verdict;
@@ -26,21 +61,23 @@ pub enum Verdict {
     ConsumerBound,
     /// Your code waits for rows: Postgres or the network is slow.
     SourceBound,
-    /// Rows are there and your code waits for them, but the async runtime does not run the task: something
-    /// blocks its threads. (Or the task itself is busy with something else while it waits for a row, as in a
-    /// `select!` with a branch that does long work: from here that looks the same.)
+    /// Your code waits for the async runtime: something blocks its threads, or there is more work than they can do.
     RuntimeBound,
-    /// No side waits much longer than another.
+    /// Somebody waits most of the time, and no side sets the pace alone.
+    Mixed,
+    /// No side waits much.
     Balanced,
 }
 
 impl Verdict {
-    /// The name in metrics, spans and JSON: `consumer_bound`, `source_bound`, `runtime_bound` or `balanced`.
+    /// Returns the name in metrics, spans and JSON: `consumer_bound`, `source_bound`, `runtime_bound`, `mixed` or
+    /// `balanced`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::ConsumerBound => "consumer_bound",
             Self::SourceBound => "source_bound",
             Self::RuntimeBound => "runtime_bound",
+            Self::Mixed => "mixed",
             Self::Balanced => "balanced",
         }
     }
@@ -50,7 +87,7 @@ impl Verdict {
             Self::ConsumerBound => ": Postgres waited for your code, not the other way round",
             Self::SourceBound => ": your code waited for Postgres",
             Self::RuntimeBound => ": rows were there, but the async runtime did not run the task",
-            Self::Balanced => "",
+            Self::Mixed | Self::Balanced => "",
         }
     }
 }
@@ -61,6 +98,7 @@ impl fmt::Display for Verdict {
             Self::ConsumerBound => "consumer-bound",
             Self::SourceBound => "source-bound",
             Self::RuntimeBound => "runtime-bound",
+            Self::Mixed => "mixed",
             Self::Balanced => "balanced",
         })
     }
@@ -83,7 +121,7 @@ pub struct Shares {
     pub backlog: f64,
     /// The consumer waited and the channel was empty.
     pub source_wait: f64,
-    /// Rows were there and the consumer was woken, but the runtime had not polled it yet.
+    /// The consumer was ready to go on, but the async runtime was late to run it.
     pub scheduled: f64,
     /// The consumer was busy and the channel was empty: nobody waited.
     pub overlap: f64,
@@ -110,26 +148,75 @@ impl Shares {
         }
     }
 
-    /// The side with the largest share, if that is above 10 % and at least twice the next one; otherwise
-    /// [`Verdict::Balanced`].
+    /// Returns the verdict on these shares; [`Verdict`] has the rule.
     pub fn verdict(&self) -> Verdict {
-        let mut sides = [
-            (self.backlog, Verdict::ConsumerBound),
-            (self.source_wait, Verdict::SourceBound),
-            (self.scheduled, Verdict::RuntimeBound),
-        ];
-        sides.sort_by(|a, b| b.0.total_cmp(&a.0));
-        let [(largest, verdict), (next, _), _] = sides;
-        if largest > 0.1 && largest >= 2.0 * next { verdict } else { Verdict::Balanced }
+        let [(side, largest), (_, next), (_, least)] = self.sides();
+        if largest > 0.1 && largest >= 2.0 * next {
+            side.verdict()
+        } else if largest + next + least > 0.5 {
+            Verdict::Mixed
+        } else {
+            Verdict::Balanced
+        }
     }
 
-    /// The share that the verdict rests on; for `Balanced` the time in which nobody waited.
+    /// Returns the share that the verdict rests on: for `Mixed` that of all who waited, for `Balanced` that of the
+    /// time in which nobody did.
     pub fn of_verdict(&self) -> f64 {
         match self.verdict() {
             Verdict::ConsumerBound => self.backlog,
             Verdict::SourceBound => self.source_wait,
             Verdict::RuntimeBound => self.scheduled,
+            Verdict::Mixed => self.backlog + self.source_wait + self.scheduled,
             Verdict::Balanced => self.overlap,
+        }
+    }
+
+    /// The sides that may set the pace, the largest share first.
+    fn sides(&self) -> [(Side, f64); 3] {
+        let mut sides = [
+            (Side::Consumer, self.backlog),
+            (Side::Source, self.source_wait),
+            (Side::Runtime, self.scheduled),
+        ];
+        sides.sort_by(|a, b| b.1.total_cmp(&a.1));
+        sides
+    }
+
+    /// The verdict with its share, as in `source-bound 61 %` or `mixed: runtime 61 %, source 38 %`.
+    fn summary(&self) -> String {
+        let verdict = self.verdict();
+        if verdict != Verdict::Mixed {
+            return format!("{verdict} {}", Percent(self.of_verdict()));
+        }
+        let sides = self
+            .sides()
+            .map(|(side, share)| (share > 0.1).then(|| format!("{} {}", side.as_str(), Percent(share))));
+        format!("{verdict}: {}", sides.into_iter().flatten().collect::<Vec<_>>().join(", "))
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Side {
+    Consumer,
+    Source,
+    Runtime,
+}
+
+impl Side {
+    fn verdict(self) -> Verdict {
+        match self {
+            Self::Consumer => Verdict::ConsumerBound,
+            Self::Source => Verdict::SourceBound,
+            Self::Runtime => Verdict::RuntimeBound,
+        }
+    }
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Consumer => "consumer",
+            Self::Source => "source",
+            Self::Runtime => "runtime",
         }
     }
 }
@@ -140,7 +227,7 @@ impl Shares {
 pub struct StreamTime {
     /// Polled, and nothing was there.
     pub source_wait: Duration,
-    /// Rows were there and the task was woken, but the runtime had not polled it.
+    /// Your code was ready to go on, but the async runtime was late to run it.
     pub scheduled: Duration,
     /// Turning JSON into `T`. Sampled; what it gains here it loses in `consumer`.
     pub decode: Duration,
@@ -222,13 +309,12 @@ impl Stats {
 
     /// One clause for the end of an error: how much, how long, whose time.
     pub(crate) fn epitaph(&self) -> String {
-        let verdict = self.verdict();
         format!(
-            "after {} rows in {}; {verdict} {}{}",
+            "after {} rows in {}; {}{}",
             Grouped(self.rows),
             Seconds(self.elapsed),
-            Percent(self.shares.of_verdict()),
-            verdict.advice(),
+            self.shares.summary(),
+            self.verdict().advice(),
         )
     }
 }
@@ -239,13 +325,12 @@ impl fmt::Display for Stats {
         let part = |time: Duration| Percent(time.as_secs_f64() / whole);
         write!(
             f,
-            "{}: {} rows, {} in {}; {} {} (your code {}, decoding {}), peak {} of {}",
+            "{}: {} rows, {} in {}; {} (your code {}, decoding {}), peak {} of {}",
             self.entity,
             Grouped(self.rows),
             Bytes(self.bytes),
             Seconds(self.elapsed),
-            self.verdict(),
-            Percent(self.shares.of_verdict()),
+            self.shares.summary(),
             part(self.time.consumer),
             part(self.time.decode),
             Bytes(self.peak_bytes as u64),
@@ -363,7 +448,7 @@ impl Observer {
             },
             backlog: Duration::from_nanos(times.of(Consumer::Backlog)),
             shares: Shares::of(&times),
-            recent: Shares::of(&since(&times, &gauge.ledger.read_window_start())),
+            recent: Shares::of(&since(&times, gauge.ledger.read_window_start())),
         }
     }
 
@@ -392,8 +477,8 @@ impl StreamTime {
     }
 }
 
-fn since(now: &Times, then: &Times) -> Times {
-    Times { consumer: std::array::from_fn(|i| now.consumer[i].saturating_sub(then.consumer[i])), ..*now }
+fn since(now: &Times, then: [Nanos; 5]) -> Times {
+    Times { consumer: std::array::from_fn(|i| now.consumer[i].saturating_sub(then[i])), ..*now }
 }
 
 #[cfg(test)]
@@ -410,9 +495,18 @@ mod tests {
         assert_eq!(verdict(0.11, 0.05, 0.0), Verdict::ConsumerBound);
         assert_eq!(verdict(0.10, 0.0, 0.0), Verdict::Balanced);
         assert_eq!(verdict(0.3, 0.6, 0.1), Verdict::SourceBound);
-        assert_eq!(verdict(0.3, 0.5, 0.2), Verdict::Balanced);
+        assert_eq!(verdict(0.3, 0.5, 0.2), Verdict::Mixed);
+        assert_eq!(verdict(0.2, 0.3, 0.0), Verdict::Balanced);
         assert_eq!(verdict(0.1, 0.2, 0.5), Verdict::RuntimeBound);
         assert_eq!(Shares::default().verdict(), Verdict::Balanced);
+    }
+
+    #[test]
+    fn a_mixed_verdict_names_the_sides_with_their_shares() {
+        let shares = Shares { backlog: 0.01, source_wait: 0.38, scheduled: 0.61, overlap: 0.0 };
+        assert_eq!(shares.summary(), "mixed: runtime 61 %, source 38 %");
+        let shares = Shares { backlog: 0.01, source_wait: 0.88, scheduled: 0.11, overlap: 0.0 };
+        assert_eq!(shares.summary(), "source-bound 88 %");
     }
 
     #[test]

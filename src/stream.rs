@@ -1,25 +1,16 @@
-//! `JsonStream`: takes chunks out of the channel, turns rows into `T`, and knows whose time it is.
+//! `JsonStream`: what a query gives to the user.
 
 use std::fmt;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
 use futures_core::Stream;
 
-use crate::channel::{Occupancy, Receiver, Taken};
-use crate::chunk::Chunk;
-use crate::connection::Connection;
-use crate::decode::{FromJson, InHand, Sampler};
-use crate::error::{Error, Result};
-use crate::probe::Probe;
-use crate::stats::{Observer, Progress, Stats};
-use crate::telemetry::{Batch, Recorder};
-use crate::time::Nanos;
-
-/// A Rust predicate on rows that are already decoded.
-pub(crate) type Predicate<T> = Box<dyn FnMut(&T) -> bool + Send>;
+use crate::connection::{Connection, Hold};
+use crate::decode::FromJson;
+use crate::error::Result;
+use crate::reader::{Parts, Reader};
+use crate::stats::{Observer, Stats};
 
 /// Rows of a query, in order, as `T`.
 ///
@@ -60,47 +51,14 @@ pub(crate) type Predicate<T> = Box<dyn FnMut(&T) -> bool + Send>;
 /// # }
 /// ```
 pub struct JsonStream<T: FromJson, C = Connection> {
-    receiver: Receiver,
-    chunk: InHand<T>,
-    ended: bool,
-    predicate: Option<Predicate<T>>,
-    sampler: Sampler,
-    probe: Arc<Probe>,
-    observer: Observer,
-    recorder: Recorder,
-    /// When the poll began that waits for a chunk.
-    polled: Option<Nanos>,
-    /// It found the channel empty.
-    waited: bool,
-    paused: bool,
-    connection: Option<C>,
-}
-
-/// What a query hands over to its stream.
-pub(crate) struct Parts<T> {
-    pub(crate) receiver: Receiver,
-    pub(crate) predicate: Option<Predicate<T>>,
-    pub(crate) observer: Observer,
-    pub(crate) recorder: Recorder,
-    pub(crate) probe: Arc<Probe>,
+    // Dropped before the connection that it reads from.
+    reader: Reader<T>,
+    connection: C,
 }
 
 impl<T: FromJson, C> JsonStream<T, C> {
     pub(crate) fn new(parts: Parts<T>, connection: C) -> Self {
-        Self {
-            receiver: parts.receiver,
-            chunk: InHand::default(),
-            ended: false,
-            predicate: parts.predicate,
-            sampler: Sampler::default(),
-            probe: parts.probe,
-            observer: parts.observer,
-            recorder: parts.recorder,
-            polled: None,
-            waited: false,
-            paused: false,
-            connection: Some(connection),
-        }
+        Self { reader: Reader::new(parts), connection }
     }
 
     /// The next row, if one is here already; does not wait, and does not count as waiting.
@@ -117,152 +75,43 @@ impl<T: FromJson, C> JsonStream<T, C> {
     /// # }
     /// ```
     pub fn next_ready(&mut self) -> Option<Result<T>> {
-        self.resume();
-        loop {
-            if let Some(row) = self.next_in_chunk() {
-                return Some(row);
-            }
-            if self.ended {
-                return None;
-            }
-            let taken = self.receiver.try_take()?;
-            self.polling();
-            if let Some(error) = self.accept(taken) {
-                return Some(Err(error));
-            }
-        }
+        self.reader.next_ready()
     }
 
-    /// Rows by the chunk: waits for a row, and takes along those of its chunk. Empty at the end.
+    /// Returns the rows of the next chunk: waits for a row, and takes along those that came with it. Returns
+    /// `None` at the end of the stream.
     ///
-    /// Cancel safe: no row is lost when the future is dropped.
+    /// # Errors
+    ///
+    /// Those of the stream, each after all rows that precede it: rows of the same chunk are returned first, and
+    /// the next call returns the error. After a row that does not decode, the stream continues with the next row.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe: if the future is dropped, no row is lost.
+    ///
+    /// # Examples
     ///
     /// ```no_run
-    /// # async fn example(mut stream: fraiseql_stream::JsonStream<serde_json::Value>) {
-    /// loop {
-    ///     let rows = stream.next_chunk().await;
-    ///     if rows.is_empty() { break }
+    /// # async fn example(mut stream: fraiseql_stream::JsonStream<serde_json::Value>) -> fraiseql_stream::Result<()> {
+    /// while let Some(rows) = stream.next_chunk().await? {
     ///     println!("{} rows at once", rows.len());
     /// }
+    /// # Ok(())
     /// # }
     /// ```
-    pub async fn next_chunk(&mut self) -> Vec<Result<T>> {
-        let first = std::future::poll_fn(|cx| self.poll_row(cx)).await;
-        let mut rows: Vec<_> = first.into_iter().collect();
-        if !rows.is_empty() {
-            rows.extend(std::iter::from_fn(|| self.next_in_chunk()));
-        }
-        rows
+    pub async fn next_chunk(&mut self) -> Result<Option<Vec<T>>> {
+        self.reader.next_chunk().await
     }
 
-    fn poll_row(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<T>>> {
-        self.resume();
-        loop {
-            if let Some(row) = self.next_in_chunk() {
-                return Poll::Ready(Some(row));
-            }
-            if self.ended {
-                return Poll::Ready(None);
-            }
-            // A source that never pauses must not keep the thread from other tasks.
-            let budget = ready!(tokio::task::coop::poll_proceed(cx));
-            let taken = ready!(self.poll_take(cx));
-            budget.made_progress();
-            if let Some(error) = self.accept(taken) {
-                return Poll::Ready(Some(Err(error)));
-            }
-        }
-    }
-
-    fn poll_take(&mut self, cx: &mut Context<'_>) -> Poll<Taken> {
-        let polled = self.polling();
-        let taken = self.receiver.poll_take(cx, polled);
-        self.waited |= taken.is_pending();
-        taken
-    }
-
-    /// A poll begins that the chunk in hand cannot serve, unless one goes on already.
-    fn polling(&mut self) -> Nanos {
-        if let Some(polled) = self.polled {
-            return polled;
-        }
-        let now = self.observer.gauge.ledger.now();
-        self.sampler.end(&self.observer, now);
-        self.receiver.give_back(self.chunk.put_down());
-        self.recorder.polled(now);
-        self.polled = Some(now);
-        now
-    }
-
-    /// Makes what was taken the chunk in hand; an error ends the stream.
-    fn accept(&mut self, taken: Taken) -> Option<Error> {
-        let end = match taken {
-            Taken::Chunk { chunk, occupancy, at } => {
-                self.take_chunk(chunk, occupancy, at);
-                return None;
-            }
-            Taken::End(end) => end,
-            Taken::Lost => Err(Error::lost()),
-        };
-        self.ended = true;
-        let end = end.map_err(|error| error.of_entity(&self.observer.entity).with_stats(self.stats()));
-        self.recorder.ended(Some(end.as_ref().copied()));
-        end.err()
-    }
-
-    fn take_chunk(&mut self, chunk: Chunk, occupancy: Occupancy, now: Nanos) {
-        let polled = self.polled.take().unwrap_or(now);
-        // What counts is what the poll found, not what it waited for.
-        let mut found = occupancy;
-        if std::mem::take(&mut self.waited) {
-            self.probe.rows_came(polled, now);
-            found = Occupancy::default();
-        }
-        let batch = Batch {
-            rows: chunk.rows(),
-            bytes: chunk.bytes(),
-            rows_before: found.rows,
-            bytes_before: found.bytes,
-            rows_after: occupancy.rows - chunk.rows(),
-            polled,
-        };
-        self.recorder.taken(now, &batch);
-        self.observer.progress.last_row.store(now, Ordering::Relaxed);
-        self.sampler.begin(now);
-        self.chunk.take(chunk);
-    }
-
-    /// The next row of the chunk in hand that the predicate lets pass.
-    fn next_in_chunk(&mut self) -> Option<Result<T>> {
-        loop {
-            let value = self.sampler.decode(&self.observer, &mut self.chunk)?;
-            let progress = &self.observer.progress;
-            match value {
-                Ok(value) if self.predicate.as_mut().is_some_and(|keep| !keep(&value)) => {
-                    Progress::count(&progress.filtered);
-                }
-                Ok(value) => {
-                    Progress::count(&progress.yielded);
-                    return Some(Ok(value));
-                }
-                Err(error) => {
-                    Progress::count(&progress.failed);
-                    return Some(Err(error.of_entity(&self.observer.entity)));
-                }
-            }
-        }
-    }
-}
-
-impl<T: FromJson, C> JsonStream<T, C> {
-    /// The stream's statistics now.
+    /// Returns the stream's statistics at this moment.
     pub fn stats(&self) -> Stats {
-        self.observer.stats()
+        self.reader.observer.stats()
     }
 
-    /// Looks at this stream from another task.
+    /// Returns an observer, which reads the statistics from another task.
     pub fn observer(&self) -> Observer {
-        self.observer.clone()
+        self.reader.observer.clone()
     }
 
     /// Declares that the time until the next poll, or [`resume`](Self::resume), is a pause of your own
@@ -277,49 +126,76 @@ impl<T: FromJson, C> JsonStream<T, C> {
     /// # }
     /// ```
     pub fn pause(&mut self) {
-        // A poll that still waits is given up: what comes next is not its time.
-        (self.polled, self.waited, self.paused) = (None, false, true);
-        self.receiver.pause();
+        self.reader.pause();
     }
 
     /// Ends a [`pause`](Self::pause).
     pub fn resume(&mut self) {
-        if std::mem::take(&mut self.paused) {
-            self.receiver.resume();
-        }
-    }
-
-    fn end(&mut self) {
-        // First the times stand still, then they are told.
-        self.receiver.close();
-        self.recorder.ended(None);
-        self.ended = true;
+        self.reader.resume();
     }
 }
 
-impl<T: FromJson, C: std::borrow::BorrowMut<Connection>> JsonStream<T, C> {
+impl<T: FromJson, C: Hold> JsonStream<T, C> {
     /// Ends the stream and returns the connection once it is clean: the query is cancelled if it still runs.
     /// Dropping the stream does the same without waiting.
     ///
     /// # Errors
     ///
-    /// If the query could not be brought to an end within 5 s; the connection is closed then, and with it
-    /// what runs on it.
+    /// [`Disconnected`](crate::ErrorKind::Disconnected) if the query could not be brought to an end within 5 s: the
+    /// connection is closed then. [`TransactionAborted`](crate::ErrorKind::TransactionAborted) if the query was
+    /// cancelled in a transaction of yours.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future changes nothing: the clean-up goes on.
-    pub async fn close(mut self) -> Result<C> {
-        self.end();
-        let connection = self.connection.take().ok_or_else(Error::closed)?;
-        connection.borrow().idle().await?;
-        Ok(connection)
+    /// If the future is dropped, the clean-up still takes place.
+    pub async fn close(self) -> Result<C, C::Error> {
+        let Self { reader, connection } = self;
+        drop(reader);
+        idle(connection).await
+    }
+
+    /// Reads to the end without looking at the rows, and returns the connection. Unlike dropping the stream or
+    /// [`close`](Self::close), this cancels nothing, so that a transaction in which the stream runs stays intact.
+    ///
+    /// Postgres sends all remaining rows: give the query a [`limit`](crate::Query::limit) where there may be many.
+    ///
+    /// # Errors
+    ///
+    /// An error of Postgres that ends the stream. Rows that would not decode are no error here.
+    ///
+    /// # Cancel safety
+    ///
+    /// If the future is dropped, the query is cancelled.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use futures_util::TryStreamExt;
+    /// # async fn example(mut db: fraiseql_stream::Connection) -> Result<(), Box<dyn std::error::Error>> {
+    /// db.client().await?.batch_execute("BEGIN; INSERT INTO audit VALUES ('read')").await?;
+    /// let mut orders = db.query::<serde_json::Value>("orders").limit(1_000).stream().await?;
+    /// let first = orders.try_next().await?;
+    /// orders.drain().await?; // dropping it would abort the transaction
+    /// db.client().await?.batch_execute("COMMIT").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn drain(self) -> Result<C, C::Error> {
+        let Self { mut reader, connection } = self;
+        let drained = reader.drain().await;
+        drop(reader);
+        match drained {
+            Ok(()) => idle(connection).await,
+            Err(error) => Err(connection.give_back(error)),
+        }
     }
 }
 
-impl<T: FromJson, C> Drop for JsonStream<T, C> {
-    fn drop(&mut self) {
-        self.end();
+/// Waits until nothing runs on the connection.
+async fn idle<C: Hold>(connection: C) -> Result<C, C::Error> {
+    match connection.borrow().idle().await {
+        Ok(()) => Ok(connection),
+        Err(error) => Err(connection.give_back(error)),
     }
 }
 
@@ -327,12 +203,9 @@ impl<T: FromJson, C: Unpin> Stream for JsonStream<T, C> {
     type Item = Result<T>;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.get_mut().poll_row(cx)
+        self.get_mut().reader.poll_row(cx)
     }
 }
-
-// Nothing in it is ever pinned.
-impl<T: FromJson, C: Unpin> Unpin for JsonStream<T, C> {}
 
 impl<T: FromJson, C> fmt::Debug for JsonStream<T, C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -3,7 +3,8 @@
 mod connect;
 mod rows;
 mod session;
+mod statements;
 
 pub(crate) use connect::parse;
-pub(crate) use rows::{Sql, Value, encode};
+pub(crate) use rows::{RawRows, Sql, Value, encode};
 pub(crate) use session::{Cancelled, Lease, Session};

@@ -7,15 +7,18 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::AbortHandle;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
+use tokio_postgres::types::ToSql;
 use tokio_postgres::{CancelToken, Client, Config, Statement};
 use tracing::Instrument;
 
 use super::connect::{self, Peer};
 use super::rows::{RawRows, Value, check_column};
+use super::statements::Statements;
 use crate::error::{Error, ErrorKind, describe, io_cause};
+use crate::launch::Handover;
 use crate::source::Source;
 use crate::telemetry::QuerySpan;
 
@@ -31,15 +34,20 @@ pub(crate) struct Session {
     config: Config,
     peer: Peer,
     schema: Option<String>,
-    wire: AbortHandle,
+    wire: JoinHandle<()>,
     /// Why the connection broke.
     broken: Arc<OnceLock<String>>,
     /// One permit: held by the query that runs, and by the clean-up behind it. Closed with the connection.
     turn: Arc<Semaphore>,
+    statements: Statements,
+    /// The client was handed out, and a statement that the user sent by it may still run.
+    lent: AtomicBool,
+    /// A query failed and its caller may not know: the transaction that it ran in, if any, is aborted.
+    unseen_failure: Arc<AtomicBool>,
 }
 
 impl Session {
-    pub(crate) async fn connect(config: Config) -> Result<Self, Error> {
+    pub(crate) async fn connect(config: Config, statement_cache: usize) -> Result<Self, Error> {
         let (client, wire, peer) = connect::connect(&config).await?;
         if let Some(warning) = connect::plaintext_warning(&config, &peer) {
             tracing::warn!("{warning}");
@@ -60,27 +68,87 @@ impl Session {
             config,
             peer,
             schema,
-            wire: wire.abort_handle(),
+            wire,
             broken,
             turn: Arc::new(Semaphore::new(1)),
+            statements: Statements::new(statement_cache),
+            lent: AtomicBool::new(false),
+            unseen_failure: Arc::default(),
         })
     }
 
-    /// Waits until the query before is gone, its clean-up included.
+    /// Waits until the query before is gone, its clean-up included. Fails once if it took a transaction along.
     pub(crate) async fn turn(&self) -> Result<OwnedSemaphorePermit, Error> {
         let permit = Arc::clone(&self.turn).acquire_owned().await.map_err(|_| Error::closed())?;
         if self.client.is_closed() {
             return Err(Error::closed());
         }
+        if self.unseen_failure.load(Ordering::Relaxed) {
+            self.check_transaction().await?;
+        }
         Ok(permit)
+    }
+
+    /// Like `turn`, for a query. Waits until what the user sent by the client is over, too: from then on a cancel
+    /// can hit nothing but that query.
+    pub(crate) async fn turn_for_query(&self) -> Result<OwnedSemaphorePermit, Error> {
+        let permit = self.turn().await?;
+        if self.lent.load(Ordering::Relaxed) {
+            // Postgres answers in order.
+            if let Err(error) = self.client.check_connection().await {
+                return Err(self.explain(Error::query(error)).await);
+            }
+            self.lent.store(false, Ordering::Relaxed);
+        }
+        Ok(permit)
+    }
+
+    /// In an aborted transaction Postgres refuses every statement but those that end it.
+    async fn check_transaction(&self) -> Result<(), Error> {
+        let checked = self.client.batch_execute("SELECT 1").await;
+        self.unseen_failure.store(false, Ordering::Relaxed);
+        match checked {
+            Err(error) if error.code() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => {
+                Err(Error::transaction_aborted())
+            }
+            Err(error) => Err(self.explain(Error::query(error)).await),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Set when a query failed whose error nobody was given.
+    pub(crate) fn unseen_failure(&self) -> &Arc<AtomicBool> {
+        &self.unseen_failure
+    }
+
+    /// The statement of this text, if it is prepared.
+    pub(crate) fn statement(&self, text: &str) -> Option<Statement> {
+        self.statements.get(text)
     }
 
     pub(crate) fn is_closed(&self) -> bool {
         self.client.is_closed() || self.turn.is_closed()
     }
 
-    pub(crate) fn client(&self) -> &Client {
+    /// Hands out the client to the user.
+    pub(crate) fn lend(&self) -> &Client {
+        self.lent.store(true, Ordering::Relaxed);
         &self.client
+    }
+
+    pub(crate) fn lend_mut(&mut self) -> &mut Client {
+        self.lent.store(true, Ordering::Relaxed);
+        &mut self.client
+    }
+
+    /// Says goodbye to Postgres, and waits until the socket is closed.
+    pub(crate) async fn close(self) {
+        let Self { client, wire, .. } = self;
+        drop(client);
+        let abort = wire.abort_handle();
+        if timeout(CLEAN_UP, wire).await.is_err() {
+            abort.abort();
+        }
     }
 
     pub(crate) fn peer(&self) -> &Peer {
@@ -94,6 +162,31 @@ impl Session {
     /// The schema that unqualified names are looked up in, if the server said so at connect time.
     pub(crate) fn schema(&self) -> Option<&str> {
         self.schema.as_deref()
+    }
+
+    /// Adds to an error that ended the connection whether the server is still there.
+    async fn explain(&self, error: Error) -> Error {
+        if error.kind() != ErrorKind::Disconnected {
+            return error;
+        }
+        let probe = connect::connect_one(&self.config, &self.peer);
+        let answer = timeout(POST_MORTEM, probe).await;
+        // The task that knows the cause may have been behind us, but not by as much as that.
+        let error = match self.broken.get() {
+            Some(cause) if error.sqlstate().is_none() => error.with_note(cause),
+            _ => error,
+        };
+        let Ok(answer) = answer else {
+            return error.with_note("the server does not answer");
+        };
+        let alive = "the server still answers: only this backend is gone";
+        let Err(refusal) = answer else { return error.with_note(alive) };
+        let state = match (refusal.sqlstate(), is_refused(&refusal)) {
+            (Some(&SqlState::CANNOT_CONNECT_NOW), _) | (None, false) => "goes down or comes up",
+            (Some(_), _) => return error.with_note(alive),
+            (None, true) => "is gone",
+        };
+        error.with_note(&format!("the whole server {state}: {}", reason(&refusal)))
     }
 
     /// Closes the socket; the backend ends as soon as it notices.
@@ -116,6 +209,8 @@ pub(crate) struct Lease {
     span: QuerySpan,
     /// Something was sent whose end was not seen.
     running: AtomicBool,
+    handover: Handover,
+    /// Given back last: whoever has it is alone with the session.
     _turn: OwnedSemaphorePermit,
 }
 
@@ -124,13 +219,28 @@ pub(crate) struct Lease {
 pub(crate) struct Cancelled;
 
 impl Lease {
-    pub(crate) fn new(session: &Arc<Session>, turn: OwnedSemaphorePermit, span: &QuerySpan) -> Self {
+    pub(crate) fn new(
+        session: &Arc<Session>,
+        turn: OwnedSemaphorePermit,
+        span: &QuerySpan,
+        handover: &Handover,
+    ) -> Self {
         Self {
             session: Arc::clone(session),
             span: span.clone(),
             running: AtomicBool::new(false),
+            handover: handover.clone(),
             _turn: turn,
         }
+    }
+
+    pub(crate) fn handover(&self) -> &Handover {
+        &self.handover
+    }
+
+    /// Forgets a statement that the server does not accept any more.
+    pub(crate) fn forget(&self, text: &str) {
+        self.session.statements.remove(text);
     }
 
     /// Prepares a statement and refuses it unless it gives one column of JSON.
@@ -142,7 +252,10 @@ impl Lease {
         let prepared = self.until_gone(self.session.client.prepare(sql), gone, async |_| ()).await?;
         self.runs(false);
         Ok(match prepared {
-            Ok(statement) => check_column(&statement).map(|()| statement),
+            Ok(statement) => check_column(&statement).map(|()| {
+                self.session.statements.insert(sql, &statement);
+                statement
+            }),
             Err(error) => Err(self.explain(Error::query(error)).await),
         })
     }
@@ -151,7 +264,7 @@ impl Lease {
     pub(crate) async fn query(
         &self,
         statement: &Statement,
-        values: Vec<Value>,
+        values: &[Value],
         gone: impl Future<Output = ()>,
     ) -> Result<Result<RawRows, Error>, Cancelled> {
         // An answer is not the query's end: it runs on if the cancel came before Postgres had begun it.
@@ -160,7 +273,9 @@ impl Lease {
                 to_end(RawRows::new(rows)).await;
             }
         };
-        Ok(match self.until_gone(self.session.client.query_raw(statement, values), gone, end).await? {
+        let values = values.iter().map(|value| value as &(dyn ToSql + Sync));
+        let query = self.session.client.query_raw(statement, values);
+        Ok(match self.until_gone(query, gone, end).await? {
             Ok(rows) => Ok(RawRows::new(rows)),
             Err(error) => {
                 // Only the server's own word says that nothing runs any more.
@@ -181,36 +296,21 @@ impl Lease {
 
     /// Reads what is left of a query that Postgres has ended, up to `ReadyForQuery`.
     pub(crate) async fn finish(&self, rows: RawRows) {
-        if !rows.is_done() && timeout(CLEAN_UP, to_end(rows)).await.is_err() {
-            self.session.discard();
+        if !rows.is_done() {
+            self.handover.into_task().await;
+            if timeout(CLEAN_UP, to_end(rows)).await.is_err() {
+                self.session.discard();
+            }
         }
         self.runs(false);
     }
 
     /// Adds to an error that ended the connection whether the server is still there.
     pub(crate) async fn explain(&self, error: Error) -> Error {
-        if error.kind() != ErrorKind::Disconnected {
-            return error;
+        if error.kind() == ErrorKind::Disconnected {
+            self.handover.into_task().await;
         }
-        let session = &self.session;
-        let probe = connect::connect_one(&session.config, &session.peer);
-        let answer = timeout(POST_MORTEM, probe).await;
-        // The task that knows the cause may have been behind us, but not by as much as that.
-        let error = match session.broken.get() {
-            Some(cause) if error.sqlstate().is_none() => error.with_note(cause),
-            _ => error,
-        };
-        let Ok(answer) = answer else {
-            return error.with_note("the server does not answer");
-        };
-        let alive = "the server still answers: only this backend is gone";
-        let Err(refusal) = answer else { return error.with_note(alive) };
-        let state = match (refusal.sqlstate(), is_refused(&refusal)) {
-            (Some(&SqlState::CANNOT_CONNECT_NOW), _) | (None, false) => "goes down or comes up",
-            (Some(_), _) => return error.with_note(alive),
-            (None, true) => "is gone",
-        };
-        error.with_note(&format!("the whole server {state}: {}", reason(&refusal)))
+        self.session.explain(error).await
     }
 
     /// Runs a request up to its answer. If the consumer goes first, Postgres is asked to cancel, and the request
@@ -240,7 +340,9 @@ impl Lease {
     /// Asks Postgres to cancel until `end`, the end of what runs, has come; closes the connection if it does not
     /// come. Once is not enough: a backend that has not begun the query yet passes over the signal.
     async fn cancel_until(&self, end: impl Future<Output = ()>) {
+        self.handover.into_task().await;
         let session = &self.session;
+        session.unseen_failure.store(true, Ordering::Relaxed);
         let span = tracing::info_span!(
             parent: &self.span.get(),
             "cancel",

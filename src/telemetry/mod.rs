@@ -11,7 +11,7 @@ pub(crate) use database::Database;
 #[cfg(feature = "otlp")]
 pub(crate) use ends::ENDS;
 pub use instruments::Instruments;
-pub(crate) use recorder::{Recorder, heartbeat};
+pub(crate) use recorder::{Heartbeat, Recorder};
 #[cfg(feature = "otlp")]
 pub(crate) use registry::MOST_ENTITIES;
 pub use spans::PollSpans;

@@ -185,14 +185,24 @@ impl Drop for Recorder {
     }
 }
 
-/// Tells every 30 s how a stream is, in the log and so with its trace id: its root span is exported only at
-/// its end, which may be hours away. Runs until the stream is over.
-pub(crate) async fn heartbeat(stream: Observer, query: QuerySpan) {
-    let every = std::time::Duration::from_secs(30);
-    loop {
-        tokio::time::sleep(every).await;
-        let stats = stream.stats();
-        let span = query.get();
+/// Logs now and then how a stream is, with its trace id: its root span is exported only at its end, which may be
+/// hours away.
+#[derive(Debug)]
+pub(crate) struct Heartbeat {
+    stream: Observer,
+    query: QuerySpan,
+}
+
+impl Heartbeat {
+    pub(crate) const EVERY: std::time::Duration = std::time::Duration::from_secs(30);
+
+    pub(crate) fn new(stream: Observer, query: QuerySpan) -> Self {
+        Self { stream, query }
+    }
+
+    pub(crate) fn log(&self) {
+        let stats = self.stream.stats();
+        let span = self.query.get();
         let _in_query = span.enter();
         info!(
             target: SCOPE,

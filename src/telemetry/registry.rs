@@ -9,8 +9,9 @@ use opentelemetry::KeyValue;
 
 use super::database::Database;
 use super::ends::{Count, End, Ends};
+use crate::ledger::Consumer;
 use crate::stats::Observer;
-use crate::time::{Consumer, Nanos};
+use crate::time::Nanos;
 
 /// Beyond so many, entities share the series of `OTHER`.
 pub(crate) const MOST_ENTITIES: usize = 1_000;

@@ -207,18 +207,14 @@ async fn next_chunk_gives_the_rows_by_the_chunk_and_nothing_at_the_end() {
     let query = db.query::<Doc>("t").order_by("id").chunk_size(30);
     let mut stream = query.stream().await.unwrap();
     let (mut rows, mut largest) = (Vec::new(), 0);
-    loop {
-        let chunk = within(SOON, stream.next_chunk()).await;
-        if chunk.is_empty() {
-            break;
-        }
+    while let Some(chunk) = within(SOON, stream.next_chunk()).await.unwrap() {
         largest = largest.max(chunk.len());
-        rows.extend(chunk.into_iter().map(Result::unwrap));
+        rows.extend(chunk);
     }
     assert_eq!(rows.len(), 1_000);
     assert_unbroken(&rows);
     assert!((2..=30).contains(&largest), "{largest}");
-    assert!(stream.next_chunk().await.is_empty());
+    assert!(stream.next_chunk().await.unwrap().is_none());
 }
 
 #[tokio::test]
@@ -228,12 +224,8 @@ async fn next_chunk_after_next_takes_the_rest_of_the_chunk() {
     let query = db.query::<Doc>("t").order_by("id").chunk_size(10);
     let mut stream = query.stream().await.unwrap();
     let mut rows = vec![stream.next().await.unwrap().unwrap()];
-    loop {
-        let chunk = within(SOON, stream.next_chunk()).await;
-        if chunk.is_empty() {
-            break;
-        }
-        rows.extend(chunk.into_iter().map(Result::unwrap));
+    while let Some(chunk) = within(SOON, stream.next_chunk()).await.unwrap() {
+        rows.extend(chunk);
     }
     assert_eq!(rows.len(), 100);
     assert_unbroken(&rows);
@@ -409,4 +401,46 @@ async fn a_row_that_does_not_decode_is_named_and_the_stream_goes_on() {
     assert!(bad[1].stats().is_none(), "it did not end the stream");
     let stats = stream.stats();
     assert_eq!((stats.rows, stats.failed), (297, 3));
+}
+
+#[tokio::test]
+async fn next_chunk_returns_the_rows_before_an_error_first_and_then_the_error() {
+    // Every fifth row does not decode, so that errors stand within chunks; the last row ends the stream.
+    let database = Database::with(
+        "CREATE VIEW v AS SELECT CASE WHEN i % 5 = 4 THEN '{}' ELSE jsonb_build_object('id', i, 'x', 1 / (i - 103)) END AS data FROM generate_series(0, 200) i",
+    );
+    let mut db = database.connect().await;
+    let mut stream = db.query::<Doc>("v").stream().await.unwrap();
+    let (mut rows, mut errors) = (Vec::new(), Vec::new());
+    loop {
+        match within(SOON, stream.next_chunk()).await {
+            Ok(Some(chunk)) => rows.extend(chunk),
+            Ok(None) => break,
+            Err(error) => {
+                if let ErrorKind::Decode { row } = error.kind() {
+                    // All rows before it were given out, and none after it.
+                    assert_eq!((rows.len() + errors.len()) as u64, row);
+                }
+                errors.push(error);
+            }
+        }
+    }
+    assert_eq!(ids(&rows), (0..103).filter(|id| id % 5 != 4).collect::<Vec<_>>());
+    assert_eq!(errors.len(), 21, "20 rows and the division by zero");
+    assert_eq!(errors[20].kind(), ErrorKind::Query);
+    assert_eq!(stream.stats().rows, rows.len() as u64);
+}
+
+#[tokio::test]
+async fn an_error_held_back_by_next_chunk_is_the_next_item_of_the_stream() {
+    let database = Database::with(
+        "CREATE VIEW v AS SELECT CASE WHEN i = 3 THEN '{}' ELSE jsonb_build_object('id', i) END AS data FROM generate_series(0, 9) i",
+    );
+    let mut db = database.connect().await;
+    let mut stream = db.query::<Doc>("v").stream().await.unwrap();
+    let first = within(SOON, stream.next_chunk()).await.unwrap().unwrap();
+    assert_eq!(ids(&first), [0, 1, 2]);
+    let error = within(SOON, stream.next()).await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Decode { row: 3 });
+    assert_eq!(ids(&rows_of(stream).await), [4, 5, 6, 7, 8, 9]);
 }

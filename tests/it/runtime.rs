@@ -161,7 +161,7 @@ fn assert_lost(mut stream: JsonStream<Doc>) {
     assert!(error.stats().is_some());
     assert!(futures::executor::block_on(stream.next()).is_none());
     let error = futures::executor::block_on(stream.close()).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Disconnected);
+    assert_eq!(error.error().kind(), ErrorKind::Disconnected);
 }
 
 #[test]

@@ -33,7 +33,7 @@ fn by_the_chunk() -> Result {
         }
         let mut rows = query.stream().await?;
         let mut batches = 0;
-        while !rows.next_chunk().await.is_empty() {
+        while rows.next_chunk().await?.is_some() {
             batches += 1;
             if is_slow {
                 tokio::time::sleep(SLEEP).await;

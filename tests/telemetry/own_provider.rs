@@ -140,7 +140,7 @@ async fn a_consumer_that_is_slower_than_its_source_finds_more_than_240_rows() ->
     let instruments = Instruments::new(&provider.meters);
     let mut db = Connection::builder(&url).instruments(&instruments).connect().await?;
     let mut orders = db.query::<RawJson>("orders").limit(5_000).stream().await?;
-    while !orders.next_chunk().await.is_empty() {
+    while orders.next_chunk().await.unwrap().is_some() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     drop(orders);

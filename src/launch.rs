@@ -1,0 +1,145 @@
+//! `Launch`: what produces a stream's rows, run by the consumer's own polls until a task of its own pays.
+//!
+//! A short result is there with the first answer of Postgres. For that no task is spawned and no row changes
+//! threads: the consumer, who waits anyway, reads it. All that takes longer, or needs timers and sockets, goes
+//! over into a task.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+
+use crate::telemetry::Heartbeat;
+use crate::watchdog::{Chore, Watchdog};
+
+pub(crate) type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// The work of one stream. Dropped, it goes on in a task until it has found out and cleaned up.
+#[derive(Debug)]
+pub(crate) struct Launch(Arc<Inner>);
+
+struct Inner {
+    runtime: Handle,
+    watchdog: Arc<Watchdog>,
+    handover: Handover,
+    /// Until it goes over into a task, or is done.
+    work: Mutex<Option<Work>>,
+    heartbeat: Heartbeat,
+    is_old: AtomicBool,
+}
+
+impl Launch {
+    pub(crate) fn new(
+        runtime: Handle,
+        watchdog: Arc<Watchdog>,
+        (work, handover): (Work, Handover),
+        heartbeat: Heartbeat,
+    ) -> Self {
+        watchdog.stream_begins();
+        let work = Mutex::new(Some(work));
+        let inner =
+            Arc::new(Inner { runtime, watchdog, handover, work, heartbeat, is_old: AtomicBool::new(false) });
+        let chore: Weak<dyn Chore> = Arc::<Inner>::downgrade(&inner);
+        inner.watchdog.add_chore(chore);
+        Self(inner)
+    }
+
+    /// Does what can be done now; returns whether the caller is to poll again.
+    pub(crate) fn poll(&self, cx: &mut Context<'_>) -> bool {
+        let inner = &self.0;
+        let mut slot = lock(&inner.work);
+        let Some(work) = slot.as_mut() else { return false };
+        if work.as_mut().poll(cx).is_ready() {
+            *slot = None;
+        } else if inner.handover.is_wanted() {
+            inner.spawn(slot.take());
+        }
+        slot.is_some()
+    }
+
+    /// Lets the work go on by itself.
+    pub(crate) fn hand_over(&self) {
+        let work = lock(&self.0.work).take();
+        self.0.spawn(work);
+    }
+}
+
+impl Drop for Launch {
+    fn drop(&mut self) {
+        self.hand_over();
+        self.0.watchdog.stream_ends();
+    }
+}
+
+impl Inner {
+    fn spawn(&self, work: Option<Work>) {
+        if let Some(work) = work {
+            self.handover.0.store(IN_TASK, Ordering::Relaxed);
+            self.runtime.spawn(work);
+        }
+    }
+}
+
+impl Chore for Inner {
+    /// A consumer that waits for long, or is busy elsewhere, needs a task that fills the channel; and whoever
+    /// watches a stream that lives for long wants to hear of it now and then.
+    fn run(&self) -> Option<Duration> {
+        if self.is_old.swap(true, Ordering::Relaxed) {
+            self.heartbeat.log();
+            return Some(Heartbeat::EVERY);
+        }
+        // Whoever holds the lock polls at this moment.
+        if let Ok(mut slot) = self.work.try_lock() {
+            let work = slot.take();
+            drop(slot);
+            self.spawn(work);
+        } else {
+            self.is_old.store(false, Ordering::Relaxed);
+            return Some(Duration::ZERO);
+        }
+        Some(Heartbeat::EVERY)
+    }
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Inner").field("handover", &self.handover).finish_non_exhaustive()
+    }
+}
+
+/// Where a work is run; known to the work itself, which asks for a task when it needs one.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Handover(Arc<AtomicU8>);
+
+const BY_POLLS: u8 = 0;
+const WANTS_TASK: u8 = 1;
+const IN_TASK: u8 = 2;
+
+impl Handover {
+    /// Goes on in a task: with timers and sockets at hand, and whether or not the consumer polls.
+    pub(crate) async fn into_task(&self) {
+        std::future::poll_fn(|_| {
+            let wants = self.0.compare_exchange(BY_POLLS, WANTS_TASK, Ordering::Relaxed, Ordering::Relaxed);
+            if wants == Err(IN_TASK) { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
+    fn is_wanted(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == WANTS_TASK
+    }
+
+    /// That of a work which is in a task already.
+    #[cfg(test)]
+    pub(crate) fn done() -> Self {
+        Self(Arc::new(AtomicU8::new(IN_TASK)))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,598 @@
+//! `Ledger`: where a stream's time goes, and whose time it is.
+//!
+//! Every moment belongs to exactly one state on each half. A state is entered, never left by hand, so the
+//! sums add up to the half's life by construction; the state that is still going on is counted by whoever
+//! reads, up to the moment of reading.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+
+use crate::partition::{OVER, Partition, Sums, Window, add};
+use crate::time::{Clock, Nanos};
+use crate::watchdog::Watchdog;
+
+/// What the consumer's half does. `Overlap` and `Backlog` are both "the user's code or the decoder holds
+/// rows"; they differ in whether more rows lie in the channel meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Consumer {
+    SourceWait = 0,
+    Scheduled = 1,
+    Overlap = 2,
+    Backlog = 3,
+    Paused = 4,
+    /// Rows came while it waited, and it has not come for them yet. When it does, the time is put down to the
+    /// runtime (`Scheduled`) or to the consumer (`Backlog`): no moment stays in here.
+    Woken = 5,
+}
+
+/// What the producer's half does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Producer {
+    Source = 0,
+    Room = 1,
+}
+
+const STATES: usize = 5;
+/// A consumer that comes for rows within this time takes them at once: that is how long a runtime that is well
+/// may take to run a task that is ready.
+const AT_ONCE: Nanos = 500_000;
+/// Rows that come within this time after a thread was let go were there before: it took that long to read them.
+const SOON: Nanos = 2_000_000;
+const NEVER: Nanos = Nanos::MAX;
+
+/// The time of one stream. Transitions are made by one writer at a time (the channel's lock sees to that);
+/// readers take no lock and see a consistent state by its version.
+///
+/// # Who is late when rows wait for a consumer that waits for rows?
+///
+/// The runtime, as far as the [`Watchdog`] has evidence for it; else the consumer, whose task does something
+/// else. The consumer may be the very one that keeps the runtime's thread, so evidence counts only from when its
+/// task was seen to have let go of the thread:
+///
+/// - once the runtime is suspect, a poll that finds nothing asks the watchdog for a turn. Until that turn comes,
+///   the consumer's task may still be running: the time is its own.
+/// - a poll that finds nothing again, while a turn of the watchdog is overdue, comes from a task that was running
+///   meanwhile: the time is its own.
+///
+/// While its own task keeps the only thread, nobody can read rows for the consumer, and the channel looks empty.
+/// If rows come at once when it lets go, they had been there: that time was backlog.
+#[derive(Debug)]
+pub(crate) struct Ledger {
+    clock: Clock,
+    watchdog: Arc<Watchdog>,
+    /// The age of the watchdog when the stream began.
+    offset: Nanos,
+    version: AtomicU64,
+    consumer: Partition<STATES>,
+    producer: Partition<2>,
+    /// When the wait that goes on asked for a turn of the watchdog; `NEVER` if it did not.
+    asked_in_wait: AtomicU64,
+    /// Whether rows that came asked for one.
+    asked_by_rows: AtomicBool,
+    /// Time in `Overlap` that is backlog if rows come soon after `suspect_until`.
+    suspect: AtomicU64,
+    suspect_until: AtomicU64,
+    decode: AtomicU64,
+    window: Window<STATES>,
+}
+
+/// The sums of both halves at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Times {
+    pub(crate) at: Nanos,
+    pub(crate) consumer: [Nanos; STATES],
+    pub(crate) producer: [Nanos; 2],
+    pub(crate) decode: Nanos,
+}
+
+impl Times {
+    pub(crate) fn of(&self, state: Consumer) -> Nanos {
+        self.consumer[state as usize]
+    }
+}
+
+impl Ledger {
+    pub(crate) fn new(clock: Clock, watchdog: Arc<Watchdog>) -> Self {
+        Self {
+            offset: clock.since(watchdog.clock()),
+            clock,
+            watchdog,
+            version: AtomicU64::new(0),
+            // Until the first poll the rows are awaited by no one: the caller is busy elsewhere.
+            consumer: Partition::new(Consumer::Overlap as usize),
+            producer: Partition::new(Producer::Source as usize),
+            asked_in_wait: AtomicU64::new(NEVER),
+            asked_by_rows: AtomicBool::new(false),
+            suspect: AtomicU64::new(0),
+            suspect_until: AtomicU64::new(0),
+            decode: AtomicU64::new(0),
+            window: Window::new(),
+        }
+    }
+
+    pub(crate) fn now(&self) -> Nanos {
+        self.clock.now()
+    }
+
+    pub(crate) fn watchdog(&self) -> &Arc<Watchdog> {
+        &self.watchdog
+    }
+
+    /// The consumer found nothing in a poll that began at `polled`. Call under the channel's lock.
+    pub(crate) fn wait(&self, polled: Nanos) {
+        if self.consumer_is(Consumer::SourceWait) {
+            return self.wait_on();
+        }
+        self.write(|| {
+            let since = self.consumer.since();
+            let late = self.watchdog.late_between(self.offset + since, self.offset + polled);
+            let held = if self.consumer_is(Consumer::Overlap) { late } else { 0 };
+            self.suspect.store(held, Ordering::Relaxed);
+            self.suspect_until.store(polled, Ordering::Relaxed);
+            self.enter(Consumer::SourceWait as usize, polled, self.running(polled));
+        });
+        self.ask_in_wait(polled);
+    }
+
+    /// A further poll in the same wait found nothing.
+    fn wait_on(&self) {
+        let was_asked = self.asked_in_wait.load(Ordering::Relaxed) != NEVER;
+        let now = self.now();
+        let late_since = self.watchdog.late_since(self.offset + now);
+        if late_since.is_none() && !was_asked && !self.watchdog.is_alert(self.offset + now) {
+            return;
+        }
+        self.write(|| {
+            let mut parts = self.running(now);
+            if let Some(from) = late_since {
+                let own = now.saturating_sub(from.saturating_sub(self.offset).max(self.consumer.since()));
+                parts = [0; STATES];
+                let waited = now.saturating_sub(self.consumer.since());
+                parts[Consumer::SourceWait as usize] = waited.saturating_sub(own);
+                parts[Consumer::Overlap as usize] = own;
+            }
+            self.suspect_own(parts[Consumer::Overlap as usize], now);
+            self.enter(Consumer::SourceWait as usize, now, parts);
+        });
+        self.ask_in_wait(now);
+    }
+
+    fn ask_in_wait(&self, now: Nanos) {
+        let is_alert = self.watchdog.is_alert(self.offset + now);
+        self.asked_in_wait.store(if is_alert { now } else { NEVER }, Ordering::Relaxed);
+        if is_alert {
+            self.watchdog.ask(self.offset + now);
+        }
+    }
+
+    /// Time up to `until` in which the consumer kept its thread.
+    fn suspect_own(&self, own: Nanos, until: Nanos) {
+        if own > 0 {
+            add(&self.suspect, own);
+            self.suspect_until.store(until, Ordering::Relaxed);
+        }
+    }
+
+    /// Rows, or the end, came into the channel. Call under the channel's lock, before the consumer is woken.
+    pub(crate) fn rows_came(&self) {
+        if self.consumer_is(Consumer::SourceWait) {
+            let now = self.now();
+            self.write(|| {
+                let parts = self.running(now);
+                let own = parts[Consumer::Overlap as usize];
+                self.suspect_own(own, self.consumer.since() + own);
+                self.enter(Consumer::Woken as usize, now, parts);
+                self.settle_suspect(now);
+            });
+            let is_alert = self.watchdog.is_alert(self.offset + now);
+            self.asked_by_rows.store(is_alert, Ordering::Relaxed);
+            if is_alert {
+                self.watchdog.ask(self.offset + now);
+            }
+        } else if self.consumer_is(Consumer::Overlap) {
+            self.consumer(Consumer::Backlog, self.now());
+        }
+    }
+
+    fn settle_suspect(&self, now: Nanos) {
+        let suspect = self.suspect.load(Ordering::Relaxed);
+        let is_soon = now.saturating_sub(self.suspect_until.load(Ordering::Relaxed)) <= SOON;
+        if suspect > 0 && is_soon {
+            self.consumer.shift(Consumer::Overlap as usize, Consumer::Backlog as usize, suspect);
+        }
+        self.suspect.store(0, Ordering::Relaxed);
+    }
+
+    /// The consumer has taken something, and goes over into `state`; returns whether it had let it wait since it
+    /// was woken. Call under the channel's lock.
+    pub(crate) fn take(&self, state: Consumer, now: Nanos) -> bool {
+        let waited = now.saturating_sub(self.consumer.since());
+        let let_wait = self.consumer_is(Consumer::Woken) && waited > AT_ONCE;
+        if !self.consumer_is(state) {
+            self.consumer(state, now);
+        }
+        let_wait
+    }
+
+    /// The consumer's half goes over into `state`. Call under the channel's lock.
+    pub(crate) fn consumer(&self, state: Consumer, now: Nanos) {
+        self.write(|| self.enter(state as usize, now, self.running(now)));
+    }
+
+    /// The producer's half goes over into `state`. Call under the channel's lock.
+    pub(crate) fn producer(&self, state: Producer, now: Nanos) {
+        self.write(|| self.producer.enter(state as usize, now, self.producer.running(now)));
+    }
+
+    pub(crate) fn end_consumer(&self, now: Nanos) {
+        self.write(|| self.enter(OVER, now, self.running(now)));
+    }
+
+    pub(crate) fn end_producer(&self, now: Nanos) {
+        self.write(|| self.producer.enter(OVER, now, self.producer.running(now)));
+    }
+
+    pub(crate) fn consumer_is(&self, state: Consumer) -> bool {
+        self.consumer.is(state as usize)
+    }
+
+    /// Whether the consumer's half is over.
+    pub(crate) fn is_ended(&self) -> bool {
+        self.consumer.is(OVER)
+    }
+
+    pub(crate) fn producer_is(&self, state: Producer) -> bool {
+        self.producer.is(state as usize)
+    }
+
+    fn enter(&self, state: usize, now: Nanos, parts: [Nanos; STATES]) {
+        self.consumer.enter(state, now, parts);
+        self.window.mark(&self.consumer, now);
+    }
+
+    /// What the time in the consumer's running state is put down to.
+    fn running(&self, now: Nanos) -> [Nanos; STATES] {
+        let since = self.consumer.since();
+        let life = now.saturating_sub(since);
+        let (from, to) = (self.offset + since, self.offset + since + life);
+        if self.consumer_is(Consumer::SourceWait) {
+            let own = self.kept_thread(now).min(life);
+            let late = self.watchdog.late_between(from + own, to).min(life - own);
+            return [life - own - late, late, own, 0, 0];
+        }
+        if self.consumer_is(Consumer::Woken) {
+            let late = self.late_for_rows(from, to).min(life);
+            return [0, late, 0, life - late, 0];
+        }
+        self.consumer.running(now)
+    }
+
+    /// How long after the poll that asked for a turn of the watchdog the consumer's task may have run on.
+    fn kept_thread(&self, now: Nanos) -> Nanos {
+        match self.asked_in_wait.load(Ordering::Relaxed) {
+            NEVER => 0,
+            asked => {
+                let turn = self.watchdog.first_turn_after(self.offset + asked);
+                turn.map_or(now, |turn| turn - self.offset).saturating_sub(asked)
+            }
+        }
+    }
+
+    /// How long the runtime is known to have kept a woken consumer from its rows, in the watchdog's time.
+    fn late_for_rows(&self, from: Nanos, to: Nanos) -> Nanos {
+        if to - from <= AT_ONCE {
+            return to - from;
+        }
+        let asked = self.asked_in_wait.load(Ordering::Relaxed);
+        if asked != NEVER && self.watchdog.first_turn_after(self.offset + asked).is_none() {
+            // That turn would have come before a consumer that had ever let go of its thread.
+            return 0;
+        }
+        if self.asked_by_rows.load(Ordering::Relaxed) {
+            // It stands in the run queue just before the consumer.
+            return self.watchdog.first_turn_queued_after(from).map_or(to, |turn| turn.min(to)) - from;
+        }
+        self.watchdog.late_between(from, to)
+    }
+
+    /// Counts `spent` as decoding; it is part of the time in which the consumer holds rows.
+    pub(crate) fn decoded(&self, spent: Nanos) {
+        add(&self.decode, spent);
+    }
+
+    /// The decoding alone: cheaper than all sums.
+    pub(crate) fn read_decode(&self) -> Nanos {
+        self.decode.load(Ordering::Relaxed)
+    }
+
+    /// The sums up to now, running states included.
+    pub(crate) fn read(&self) -> Times {
+        self.consistent(|| self.read_at(self.now()))
+    }
+
+    /// The consumer's sums at the beginning of the sliding window.
+    pub(crate) fn read_window_start(&self) -> [Nanos; STATES] {
+        self.consistent(|| {
+            let now = self.read_at(self.now());
+            self.window.start(Sums { at: now.at, sums: now.consumer }).sums
+        })
+    }
+
+    fn read_at(&self, now: Nanos) -> Times {
+        let consumer = self.consumer.read(self.running(now));
+        let busy = consumer[Consumer::Overlap as usize] + consumer[Consumer::Backlog as usize];
+        Times {
+            at: consumer.iter().sum(),
+            consumer,
+            producer: self.producer.read(self.producer.running(now)),
+            decode: self.decode.load(Ordering::Relaxed).min(busy),
+        }
+    }
+
+    fn write(&self, change: impl FnOnce()) {
+        let version = self.version.load(Ordering::Relaxed);
+        self.version.store(version.wrapping_add(1), Ordering::Relaxed);
+        fence(Ordering::Release);
+        change();
+        self.version.store(version.wrapping_add(2), Ordering::Release);
+    }
+
+    /// Reads again while a writer was in between. A writer holds the version for some nanoseconds; one that
+    /// was put to sleep there must not hold up the reader, who then takes what is there.
+    fn consistent<T>(&self, read: impl Fn() -> T) -> T {
+        for _ in 0..64 {
+            let before = self.version.load(Ordering::Acquire);
+            let value = read();
+            fence(Ordering::Acquire);
+            if before.is_multiple_of(2) && self.version.load(Ordering::Relaxed) == before {
+                return value;
+            }
+            std::hint::spin_loop();
+        }
+        read()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::time::manual;
+
+    const MS: Nanos = 1_000_000;
+    const S: Nanos = 1_000_000_000;
+
+    /// A ledger whose clock and watchdog are moved by hand.
+    struct Test {
+        ledger: Ledger,
+        hand: Arc<AtomicU64>,
+        before: [AtomicU64; STATES],
+    }
+
+    impl Test {
+        fn new() -> Self {
+            let (clock, hand) = manual();
+            let watchdog = Arc::new(Watchdog::new(clock.clone()));
+            watchdog.stream_begins();
+            Self { ledger: Ledger::new(clock, watchdog), hand, before: Default::default() }
+        }
+
+        fn at(&self, now: Nanos) {
+            self.hand.store(now, Ordering::Relaxed);
+        }
+
+        fn turn(&self) {
+            // Never in the very moment in which it was asked for.
+            self.hand.fetch_add(1, Ordering::Relaxed);
+            self.ledger.watchdog().turn_now();
+        }
+
+        /// The times in milliseconds.
+        fn read(&self) -> [Nanos; STATES] {
+            self.ledger.read().consumer.map(|time| (time + MS / 2) / MS)
+        }
+
+        /// Up to 100 ms the runtime was late several times.
+        fn suspect(&self) {
+            for ms in [0, 40, 70, 100] {
+                self.at(ms * MS);
+                self.turn();
+            }
+            assert!(self.ledger.watchdog().is_alert(100 * MS));
+            self.ledger.wait(100 * MS);
+            self.ledger.rows_came();
+            self.ledger.take(Consumer::Overlap, 100 * MS);
+            self.turn();
+            self.before.iter().zip(self.read()).for_each(|(slot, sum)| slot.store(sum, Ordering::Relaxed));
+        }
+
+        fn since_suspect(&self) -> [Nanos; STATES] {
+            let now = self.read();
+            std::array::from_fn(|i| now[i] - self.before[i].load(Ordering::Relaxed))
+        }
+    }
+
+    fn ledger() -> (Ledger, Arc<AtomicU64>) {
+        let Test { ledger, hand, .. } = Test::new();
+        (ledger, hand)
+    }
+
+    #[test]
+    fn a_wait_that_is_still_going_on_is_counted() {
+        let (ledger, hand) = ledger();
+        ledger.consumer(Consumer::SourceWait, 0);
+        hand.store(3_600 * S, Ordering::Relaxed);
+        assert_eq!(ledger.read().of(Consumer::SourceWait), 3_600 * S);
+        assert_eq!(ledger.read().producer, [3_600 * S, 0]);
+    }
+
+    #[test]
+    fn the_states_of_each_half_add_up_to_its_life() {
+        let (ledger, hand) = ledger();
+        ledger.consumer(Consumer::SourceWait, 10 * MS);
+        ledger.consumer(Consumer::Scheduled, 15 * MS);
+        ledger.consumer(Consumer::Backlog, 16 * MS);
+        ledger.producer(Producer::Room, 20 * MS);
+        ledger.consumer(Consumer::Paused, 40 * MS);
+        ledger.end_producer(50 * MS);
+        hand.store(70 * MS, Ordering::Relaxed);
+        let times = ledger.read();
+        assert_eq!(times.consumer, [5 * MS, MS, 10 * MS, 24 * MS, 30 * MS]);
+        assert_eq!(times.producer, [20 * MS, 30 * MS]);
+        assert_eq!(times.at, 70 * MS);
+        ledger.end_consumer(70 * MS);
+        hand.store(90 * MS, Ordering::Relaxed);
+        assert_eq!(ledger.read().at, 70 * MS, "an ended life stands still");
+    }
+
+    #[test]
+    fn a_wait_during_which_a_turn_is_late_is_the_runtimes_from_when_it_was_due() {
+        let test = Test::new();
+        test.turn(); // the next is due at 10 ms
+        test.ledger.wait(0);
+        test.at(30 * MS);
+        let running = test.read();
+        assert_eq!(running, [8, 22, 0, 0, 0], "its grain off");
+        test.turn();
+        test.ledger.rows_came();
+        assert_eq!(test.read(), running);
+    }
+
+    #[test]
+    fn a_turn_that_comes_in_time_acquits_the_runtime() {
+        let test = Test::new();
+        test.turn();
+        test.ledger.wait(0);
+        for ms in [11, 22, 33] {
+            test.at(ms * MS);
+            test.turn();
+        }
+        assert_eq!(test.read(), [33, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_woken_consumer_that_does_not_come_is_busy_unless_the_runtime_was_late() {
+        let test = Test::new();
+        test.turn();
+        test.ledger.wait(0);
+        test.at(MS);
+        test.ledger.rows_came();
+        test.at(9 * MS);
+        assert!(test.ledger.take(Consumer::Overlap, 9 * MS), "it let rows wait");
+        assert_eq!(test.read(), [1, 0, 0, 8, 0]);
+
+        test.ledger.wait(9 * MS);
+        test.ledger.rows_came();
+        test.at(39 * MS);
+        test.ledger.take(Consumer::Overlap, 39 * MS);
+        assert_eq!(test.read(), [1, 30, 0, 8, 0], "a turn was due at 10 ms");
+    }
+
+    #[test]
+    fn a_consumer_that_comes_within_half_a_millisecond_comes_at_once() {
+        let test = Test::new();
+        test.ledger.wait(0);
+        test.ledger.rows_came();
+        test.at(AT_ONCE);
+        assert!(!test.ledger.take(Consumer::Overlap, AT_ONCE));
+        assert_eq!(test.read(), [0, 1, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_poll_that_comes_while_a_turn_is_overdue_was_late_itself() {
+        let test = Test::new();
+        test.turn();
+        test.ledger.wait(0);
+        test.at(40 * MS);
+        // The task that polls had the thread all the time.
+        test.ledger.wait(0);
+        test.turn();
+        test.at(41 * MS);
+        test.ledger.rows_came();
+        assert_eq!(test.read(), [9, 0, 0, 32, 0], "rows came at once: they had been there");
+    }
+
+    #[test]
+    fn rows_that_do_not_come_at_once_were_not_there() {
+        let test = Test::new();
+        test.turn();
+        test.ledger.wait(0);
+        test.at(40 * MS);
+        test.ledger.wait(0);
+        test.turn();
+        test.at(45 * MS);
+        test.ledger.rows_came();
+        assert_eq!(test.read(), [8 + 5, 0, 32, 0, 0]);
+    }
+
+    #[test]
+    fn once_the_runtime_is_suspect_a_waiting_consumer_has_to_show_that_it_let_go_of_the_thread() {
+        let test = Test::new();
+        test.suspect();
+        // Its task runs on for 20 ms after the poll, and then the turn comes that it asked for.
+        test.ledger.wait(100 * MS + 2);
+        test.at(120 * MS);
+        test.turn();
+        test.ledger.rows_came();
+        assert_eq!(test.since_suspect(), [0, 0, 0, 20, 0]);
+        test.ledger.take(Consumer::Overlap, 120 * MS);
+
+        // It lets go at once, and then others have the thread.
+        test.ledger.wait(120 * MS);
+        test.turn();
+        test.at(140 * MS);
+        test.ledger.rows_came();
+        test.ledger.take(Consumer::Overlap, 140 * MS);
+        assert_eq!(test.since_suspect(), [0, 20, 0, 20, 0]);
+    }
+
+    #[test]
+    fn once_the_runtime_is_suspect_rows_ask_for_a_turn_just_before_the_consumers() {
+        let test = Test::new();
+        test.suspect();
+        test.ledger.wait(100 * MS);
+        test.turn();
+        test.at(100 * MS + 2);
+        test.ledger.rows_came();
+        test.at(105 * MS);
+        test.turn();
+        test.at(120 * MS);
+        // 5 ms until the turn, then its own task's.
+        test.ledger.take(Consumer::Overlap, 120 * MS);
+        assert_eq!(test.since_suspect(), [0, 5, 0, 15, 0]);
+    }
+
+    #[test]
+    fn decoding_never_exceeds_the_time_in_which_rows_were_held() {
+        let (ledger, hand) = ledger();
+        hand.store(MS, Ordering::Relaxed);
+        ledger.decoded(5 * MS);
+        assert_eq!(ledger.read().decode, MS);
+    }
+
+    #[test]
+    fn the_window_forgets_what_is_older_than_ten_seconds() {
+        let (ledger, hand) = ledger();
+        // A minute of waiting in steps, then half a minute of backlog.
+        for second in 0..60 {
+            ledger.consumer(Consumer::SourceWait, second * S);
+        }
+        for second in 60..90 {
+            ledger.consumer(Consumer::Backlog, second * S);
+        }
+        hand.store(90 * S, Ordering::Relaxed);
+        let (now, then) = (ledger.read(), ledger.read_window_start());
+        assert_eq!(now.of(Consumer::Backlog) - then[Consumer::Backlog as usize], 10 * S);
+        assert_eq!(now.of(Consumer::SourceWait), then[Consumer::SourceWait as usize]);
+    }
+
+    #[test]
+    fn the_window_moves_on_while_nothing_changes() {
+        let (ledger, hand) = ledger();
+        ledger.consumer(Consumer::Backlog, 0);
+        ledger.consumer(Consumer::SourceWait, 5 * S);
+        hand.store(500 * S, Ordering::Relaxed);
+        let (now, then) = (ledger.read(), ledger.read_window_start());
+        assert_eq!(now.of(Consumer::SourceWait) - then[Consumer::SourceWait as usize], 10 * S);
+        assert_eq!(now.of(Consumer::Backlog), then[Consumer::Backlog as usize]);
+    }
+}

@@ -1,0 +1,72 @@
+//! The statements that a connection has prepared, to be used again.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio_postgres::Statement;
+
+/// Prepared statements by their text. The least recently used one makes room for a new one.
+#[derive(Debug)]
+pub(crate) struct Statements {
+    capacity: usize,
+    entries: Mutex<Entries>,
+}
+
+#[derive(Debug, Default)]
+struct Entries {
+    by_text: HashMap<Arc<str>, Entry>,
+    /// Counts uses.
+    uses: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    statement: Statement,
+    last_use: u64,
+}
+
+impl Statements {
+    pub(super) fn new(capacity: usize) -> Self {
+        Self { capacity, entries: Mutex::default() }
+    }
+
+    pub(super) fn get(&self, text: &str) -> Option<Statement> {
+        let mut entries = self.lock();
+        entries.uses += 1;
+        let now = entries.uses;
+        let entry = entries.by_text.get_mut(text)?;
+        entry.last_use = now;
+        Some(entry.statement.clone())
+    }
+
+    pub(super) fn insert(&self, text: &str, statement: &Statement) {
+        if self.capacity == 0 {
+            return;
+        }
+        let mut entries = self.lock();
+        entries.uses += 1;
+        let last_use = entries.uses;
+        let evicted = if entries.by_text.len() < self.capacity { None } else { entries.evict() };
+        entries.by_text.insert(Arc::from(text), Entry { statement: statement.clone(), last_use });
+        drop(entries);
+        // Closes it on the server.
+        drop(evicted);
+    }
+
+    pub(super) fn remove(&self, text: &str) {
+        let removed = self.lock().by_text.remove(text);
+        drop(removed);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Entries> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Entries {
+    fn evict(&mut self) -> Option<Entry> {
+        let oldest = self.by_text.iter().min_by_key(|(_, entry)| entry.last_use)?;
+        let text = Arc::clone(oldest.0);
+        self.by_text.remove(&text)
+    }
+}

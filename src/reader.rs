@@ -1,0 +1,288 @@
+//! `Reader`: takes chunks out of the channel, turns rows into `T`, and knows whose time it is.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
+
+use crate::channel::{Ended, Occupancy, Receiver, Taken};
+use crate::chunk::Chunk;
+use crate::decode::{FromJson, InHand, Sampler};
+use crate::error::{Error, Result};
+use crate::launch::Launch;
+use crate::stats::{Observer, Progress};
+use crate::telemetry::{Batch, Recorder};
+use crate::time::Nanos;
+
+/// A Rust predicate on rows that are already decoded.
+pub(crate) type Predicate<T> = Box<dyn FnMut(&T) -> bool + Send>;
+
+/// The consumer's half of a stream.
+pub(crate) struct Reader<T: FromJson> {
+    receiver: Receiver,
+    chunk: InHand<T>,
+    ended: bool,
+    predicate: Option<Predicate<T>>,
+    sampler: Sampler,
+    pub(crate) observer: Observer,
+    recorder: Recorder,
+    /// Until the stream ends.
+    launch: Option<Launch>,
+    /// Rows are produced by this reader's own polls.
+    is_inline: bool,
+    unseen_failure: Arc<AtomicBool>,
+    /// An error behind the rows that `next_chunk` gave out.
+    held: Option<Error>,
+    /// When the poll began that waits for a chunk.
+    polled: Option<Nanos>,
+    /// It found the channel empty.
+    waited: bool,
+    paused: bool,
+}
+
+/// What a query hands over to its stream.
+pub(crate) struct Parts<T> {
+    pub(crate) receiver: Receiver,
+    pub(crate) predicate: Option<Predicate<T>>,
+    pub(crate) observer: Observer,
+    pub(crate) recorder: Recorder,
+    pub(crate) unseen_failure: Arc<AtomicBool>,
+    pub(crate) launch: Launch,
+}
+
+impl<T: FromJson> Reader<T> {
+    pub(crate) fn new(parts: Parts<T>) -> Self {
+        Self {
+            receiver: parts.receiver,
+            chunk: InHand::default(),
+            ended: false,
+            predicate: parts.predicate,
+            sampler: Sampler::default(),
+            observer: parts.observer,
+            recorder: parts.recorder,
+            launch: Some(parts.launch),
+            is_inline: true,
+            unseen_failure: parts.unseen_failure,
+            held: None,
+            polled: None,
+            waited: false,
+            paused: false,
+        }
+    }
+
+    /// The next row, if one is here already. Looking is not waiting.
+    pub(crate) fn next_ready(&mut self) -> Option<Result<T>> {
+        self.resume();
+        loop {
+            if let Some(row) = self.next_in_hand() {
+                return Some(row);
+            }
+            if self.ended {
+                return None;
+            }
+            self.leave_to_task();
+            let taken = self.receiver.try_take()?;
+            self.polling();
+            if let Some(error) = self.accept(taken) {
+                return Some(Err(error));
+            }
+        }
+    }
+
+    pub(crate) fn poll_row(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<T>>> {
+        self.resume();
+        loop {
+            if let Some(row) = self.next_in_hand() {
+                return Poll::Ready(Some(row));
+            }
+            if self.ended {
+                return Poll::Ready(None);
+            }
+            // A source that never pauses must not keep the thread from other tasks.
+            let budget = ready!(tokio::task::coop::poll_proceed(cx));
+            let taken = ready!(self.poll_take(cx));
+            budget.made_progress();
+            if let Some(error) = self.accept(taken) {
+                return Poll::Ready(Some(Err(error)));
+            }
+        }
+    }
+
+    /// The rows of the next chunk, or an error that stands before them.
+    pub(crate) async fn next_chunk(&mut self) -> Result<Option<Vec<T>>> {
+        let Some(first) = std::future::poll_fn(|cx| self.poll_row(cx)).await.transpose()? else {
+            return Ok(None);
+        };
+        let mut rows = vec![first];
+        while let Some(row) = self.next_in_chunk() {
+            match row {
+                Ok(row) => rows.push(row),
+                Err(error) => {
+                    self.held = Some(error);
+                    break;
+                }
+            }
+        }
+        Ok(Some(rows))
+    }
+
+    /// Takes all that is left without looking at it.
+    pub(crate) async fn drain(&mut self) -> Result<()> {
+        self.resume();
+        self.held = None;
+        while !self.ended {
+            let taken = std::future::poll_fn(|cx| self.poll_take(cx)).await;
+            if let Some(error) = self.accept(taken) {
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn pause(&mut self) {
+        self.leave_to_task();
+        // A poll that still waits is given up: what comes next is not its time.
+        (self.polled, self.waited, self.paused) = (None, false, true);
+        self.receiver.pause();
+    }
+
+    pub(crate) fn resume(&mut self) {
+        if std::mem::take(&mut self.paused) {
+            self.receiver.resume();
+        }
+    }
+
+    /// Ends the stream, wherever it is.
+    pub(crate) fn end(&mut self) {
+        let end = self.receiver.peek_end().filter(|_| !self.ended);
+        if end == Some(Ended::Failed) {
+            self.unseen_failure.store(true, Ordering::Relaxed);
+        }
+        let is_complete = end == Some(Ended::Well) && self.held.is_none() && self.chunk.is_used_up();
+        // First the times stand still, then they are recorded.
+        self.receiver.close();
+        self.recorder.ended(is_complete.then_some(Ok(())));
+        self.ended = true;
+        self.launch = None;
+    }
+
+    fn poll_take(&mut self, cx: &mut Context<'_>) -> Poll<Taken> {
+        let polled = self.polling();
+        if self.is_inline {
+            self.produce(cx);
+        }
+        let taken = self.receiver.poll_take(cx, polled);
+        self.waited |= taken.is_pending();
+        taken
+    }
+
+    /// Has this poll produce the rows that it looks for.
+    #[cold]
+    fn produce(&mut self, cx: &mut Context<'_>) {
+        if self.waited {
+            // Who produces rows must not be woken by them.
+            self.receiver.forget_waker();
+        }
+        self.is_inline = self.launch.as_ref().is_some_and(|launch| launch.poll(cx));
+    }
+
+    /// From here on rows are produced whether or not this stream is polled.
+    fn leave_to_task(&mut self) {
+        if std::mem::take(&mut self.is_inline)
+            && let Some(launch) = &self.launch
+        {
+            launch.hand_over();
+        }
+    }
+
+    /// A poll begins that the chunk in hand cannot serve, unless one goes on already.
+    fn polling(&mut self) -> Nanos {
+        if let Some(polled) = self.polled {
+            return polled;
+        }
+        let now = self.observer.gauge.ledger.now();
+        self.sampler.end(&self.observer, now);
+        self.receiver.give_back(self.chunk.put_down());
+        self.recorder.polled(now);
+        self.polled = Some(now);
+        now
+    }
+
+    /// Makes what was taken the chunk in hand; an error ends the stream.
+    fn accept(&mut self, taken: Taken) -> Option<Error> {
+        let end = match taken {
+            Taken::Chunk { chunk, occupancy, came_late, at } => {
+                // A consumer that takes the first rows at once when it is woken had found none.
+                let found_none = std::mem::take(&mut self.waited) && !came_late;
+                self.take_chunk(chunk, (occupancy, found_none), at);
+                return None;
+            }
+            Taken::End(end) => end,
+            Taken::Lost => Err(Error::lost()),
+        };
+        self.ended = true;
+        self.launch = None;
+        let end =
+            end.map_err(|error| error.of_entity(&self.observer.entity).with_stats(self.observer.stats()));
+        self.recorder.ended(Some(end.as_ref().copied()));
+        end.err()
+    }
+
+    fn take_chunk(&mut self, chunk: Chunk, (occupancy, found_none): (Occupancy, bool), now: Nanos) {
+        let polled = self.polled.take().unwrap_or(now);
+        let found = if found_none { Occupancy::default() } else { occupancy };
+        if found_none {
+            self.observer.gauge.ledger.watchdog().record_wait(now.saturating_sub(polled));
+        }
+        let batch = Batch {
+            rows: chunk.rows(),
+            bytes: chunk.bytes(),
+            rows_before: found.rows,
+            bytes_before: found.bytes,
+            rows_after: occupancy.rows - chunk.rows(),
+            polled,
+        };
+        self.recorder.taken(now, &batch);
+        self.observer.progress.last_row.store(now, Ordering::Relaxed);
+        self.sampler.begin(now);
+        self.chunk.take(chunk);
+    }
+
+    /// The next item that can be given out without looking into the channel.
+    #[inline]
+    fn next_in_hand(&mut self) -> Option<Result<T>> {
+        if let Some(error) = self.held.take() {
+            return Some(Err(error));
+        }
+        self.next_in_chunk()
+    }
+
+    /// The next row of the chunk in hand that the predicate lets pass.
+    fn next_in_chunk(&mut self) -> Option<Result<T>> {
+        loop {
+            let value = self.sampler.decode(&self.observer, &mut self.chunk)?;
+            let progress = &self.observer.progress;
+            match value {
+                Ok(value) if self.predicate.as_mut().is_some_and(|keep| !keep(&value)) => {
+                    Progress::count(&progress.filtered);
+                }
+                Ok(value) => {
+                    Progress::count(&progress.yielded);
+                    return Some(Ok(value));
+                }
+                Err(error) => {
+                    Progress::count(&progress.failed);
+                    return Some(Err(error.of_entity(&self.observer.entity)));
+                }
+            }
+        }
+    }
+}
+
+impl<T: FromJson> Drop for Reader<T> {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+// Nothing in it is ever pinned.
+impl<T: FromJson> Unpin for Reader<T> {}

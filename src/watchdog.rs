@@ -1,0 +1,377 @@
+//! `Watchdog`: the evidence of whether an async runtime runs its tasks in time.
+//!
+//! One task per runtime, shared by all of its streams. It sleeps on a timer, and a turn that comes late proves
+//! that the runtime was late. While a runtime is known to be late, streams also wake the task at the moments
+//! that matter to them, so that its turn takes its place in the run queue beside the consumer's.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::Poll;
+use std::time::Duration;
+
+use tokio::runtime::{Handle, Id};
+use tokio::sync::Notify;
+use tokio::time::sleep;
+
+use crate::time::{Clock, Nanos};
+
+/// Something to do for a stream now and then, at a time that need not be exact.
+pub(crate) trait Chore: Send + Sync {
+    /// Does it; returns after which time to do it again.
+    fn run(&self) -> Option<Duration>;
+}
+
+/// A chore and when it is due. One whose owner is gone is forgotten.
+type Due = (Nanos, Weak<dyn Chore>);
+
+pub(crate) struct Watchdog {
+    clock: Clock,
+    /// A turn that has not come by then is late.
+    overdue_at: AtomicU64,
+    /// The end of the latest interval in `Log::late`.
+    last_late: AtomicU64,
+    /// Since when a turn waits in the run queue that a stream asked for; `NEVER` if none does.
+    queued: AtomicU64,
+    /// When a turn was last asked for.
+    asked: AtomicU64,
+    /// Up to then the timer is near, as waits are long.
+    watch_until: AtomicU64,
+    /// Up to then it is as near as can be, as the runtime was late.
+    alert_until: AtomicU64,
+    log: Mutex<Log>,
+    wake: Notify,
+    streams: AtomicUsize,
+    chores: Mutex<Vec<Due>>,
+    /// No chore is due before.
+    next_chore: AtomicU64,
+    /// The task is gone, and with it its runtime.
+    is_gone: AtomicBool,
+}
+
+/// The turns of the near past.
+#[derive(Debug, Default)]
+struct Log {
+    /// When the next turn is due; 0 before the first.
+    due: Nanos,
+    /// From when on a turn that is overdue counts as late.
+    late_from: Nanos,
+    late: VecDeque<Late>,
+    turns: VecDeque<Turn>,
+}
+
+/// An interval in which the runtime was late for `total`.
+#[derive(Clone, Copy, Debug)]
+struct Late {
+    from: Nanos,
+    to: Nanos,
+    total: Nanos,
+}
+
+/// A turn that was asked for.
+#[derive(Clone, Copy, Debug)]
+struct Turn {
+    queued: Nanos,
+    ran: Nanos,
+}
+
+const NEVER: Nanos = Nanos::MAX;
+const MS: Nanos = 1_000_000;
+
+impl Watchdog {
+    /// A timer that is due soon costs a fast stream a few percent of its CPU: the kernel learns of it each time
+    /// a thread goes to sleep. So it is near only where waits are long, and nearest where it found something.
+    const FAR: Nanos = 250 * MS;
+    const WATCH: Nanos = 10 * MS;
+    const ALERT: Nanos = 2 * MS;
+    /// What a timer may be late by: its grain is 1 ms.
+    const GRACE: Nanos = 2 * MS;
+    /// How long a runtime that was late is suspected to be late again.
+    const SUSPICION: Nanos = 250 * MS;
+    /// A wait of this length is likely to be followed by others, for eight times its length and at most a second.
+    const LONG_WAIT: Nanos = 2 * MS;
+    const LONGEST_WATCH: Nanos = 1_000 * MS;
+    const LOGGED: usize = 64;
+
+    /// Returns the watchdog of a runtime.
+    pub(crate) fn of(runtime: &Handle) -> Arc<Self> {
+        static ALL: Mutex<Option<HashMap<Id, Weak<Watchdog>>>> = Mutex::new(None);
+        let mut all = lock(&ALL);
+        let all = all.get_or_insert_default();
+        // The id of a runtime that is gone may come again.
+        let known = all.get(&runtime.id()).and_then(Weak::upgrade);
+        if let Some(watchdog) = known.filter(|watchdog| !watchdog.is_gone()) {
+            return watchdog;
+        }
+        all.retain(|_, watchdog| watchdog.strong_count() > 0);
+        let watchdog = Arc::new(Self::new(Clock::start()));
+        all.insert(runtime.id(), Arc::downgrade(&watchdog));
+        runtime.spawn(Task(Arc::clone(&watchdog)).run());
+        watchdog
+    }
+
+    pub(crate) fn new(clock: Clock) -> Self {
+        Self {
+            clock,
+            overdue_at: AtomicU64::new(NEVER),
+            last_late: AtomicU64::new(0),
+            queued: AtomicU64::new(NEVER),
+            asked: AtomicU64::new(0),
+            watch_until: AtomicU64::new(0),
+            alert_until: AtomicU64::new(0),
+            log: Mutex::default(),
+            wake: Notify::new(),
+            streams: AtomicUsize::new(0),
+            chores: Mutex::default(),
+            next_chore: AtomicU64::new(NEVER),
+            is_gone: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    pub(crate) fn is_gone(&self) -> bool {
+        self.is_gone.load(Ordering::Relaxed)
+    }
+
+    /// A stream begins, whose first waits may be long.
+    pub(crate) fn stream_begins(&self) {
+        self.streams.fetch_add(1, Ordering::Relaxed);
+        self.watch(2 * Self::WATCH);
+    }
+
+    pub(crate) fn stream_ends(&self) {
+        self.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// A stream waited for so long.
+    pub(crate) fn record_wait(&self, waited: Nanos) {
+        if waited >= Self::LONG_WAIT {
+            self.watch(waited.saturating_mul(8).min(Self::LONGEST_WATCH));
+        }
+    }
+
+    /// Keeps the timer near for a while.
+    fn watch(&self, span: Nanos) {
+        let now = self.clock.now();
+        let until = self.watch_until.load(Ordering::Relaxed);
+        // Extended only when half of it is over, so that short streams do not all write here.
+        if until < now + span / 2 && self.watch_until.fetch_max(now + span, Ordering::Relaxed) <= now {
+            self.wake.notify_one();
+        }
+    }
+
+    /// Adds a chore that is first due in `Self::WATCH`.
+    pub(crate) fn add_chore(&self, chore: Weak<dyn Chore>) {
+        self.push_chore(self.clock.now() + Self::WATCH, chore);
+    }
+
+    /// Whether the runtime was late a moment ago.
+    pub(crate) fn is_alert(&self, now: Nanos) -> bool {
+        now < self.alert_until.load(Ordering::Relaxed)
+    }
+
+    /// Asks for a turn, which takes its place in the run queue now.
+    pub(crate) fn ask(&self, now: Nanos) {
+        self.asked.store(now, Ordering::Relaxed);
+        if self.queued.compare_exchange(NEVER, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            self.wake.notify_one();
+        }
+    }
+
+    /// Returns for how long the runtime is known to have been late between two moments.
+    pub(crate) fn late_between(&self, from: Nanos, to: Nanos) -> Nanos {
+        if to <= self.overdue_at.load(Ordering::Relaxed) && self.last_late.load(Ordering::Relaxed) <= from {
+            return 0;
+        }
+        lock(&self.log).late_between(from, to)
+    }
+
+    /// Returns since when a turn is overdue that has not come at `now`.
+    pub(crate) fn late_since(&self, now: Nanos) -> Option<Nanos> {
+        if now <= self.overdue_at.load(Ordering::Relaxed) {
+            return None;
+        }
+        let log = lock(&self.log);
+        (now > log.due.saturating_add(Self::GRACE)).then_some(log.late_from)
+    }
+
+    /// Returns when the first turn ran after `moment`.
+    pub(crate) fn first_turn_after(&self, moment: Nanos) -> Option<Nanos> {
+        lock(&self.log).first_turn(|turn| turn.ran > moment)
+    }
+
+    /// Returns when the first turn ran that took its place in the run queue at `moment` or later.
+    pub(crate) fn first_turn_queued_after(&self, moment: Nanos) -> Option<Nanos> {
+        lock(&self.log).first_turn(|turn| turn.queued >= moment)
+    }
+
+    /// The task has its turn at `now`, for which it waited in the run queue since `queued` if a stream asked for
+    /// it. Returns when the next is due, or `NEVER` if no stream is alive.
+    fn turn(&self, queued: Nanos, now: Nanos) -> Nanos {
+        let mut log = lock(&self.log);
+        if log.is_late(now) {
+            // One such turn may be the operating system's; from the second on the runtime is suspect.
+            if now < self.watch_until.fetch_max(now + Self::SUSPICION, Ordering::Relaxed) {
+                self.alert_until.store(now + Self::SUSPICION, Ordering::Relaxed);
+            }
+            log.add_late(now);
+            self.last_late.store(now, Ordering::Relaxed);
+        }
+        if queued != NEVER || self.is_alert(now) {
+            push(&mut log.turns, Turn { queued: queued.min(now), ran: now }, Self::LOGGED);
+        }
+        let period = self.period(now);
+        let is_idle = period == Self::FAR && self.streams.load(Ordering::Relaxed) == 0;
+        log.due = if is_idle { NEVER } else { now + period };
+        log.late_from = now.max(log.due.saturating_sub(Self::ALERT));
+        self.overdue_at.store(log.due.saturating_add(Self::GRACE), Ordering::Relaxed);
+        log.due
+    }
+
+    /// A turn at this moment, for tests.
+    #[cfg(test)]
+    pub(crate) fn turn_now(&self) {
+        self.turn(self.queued.swap(NEVER, Ordering::Relaxed), self.clock.now());
+    }
+
+    fn period(&self, now: Nanos) -> Nanos {
+        if self.is_alert(now) {
+            Self::ALERT
+        } else if now < self.watch_until.load(Ordering::Relaxed) {
+            Self::WATCH
+        } else {
+            Self::FAR
+        }
+    }
+
+    fn push_chore(&self, due: Nanos, chore: Weak<dyn Chore>) {
+        lock(&self.chores).push((due, chore));
+        self.next_chore.fetch_min(due, Ordering::Relaxed);
+    }
+
+    fn do_chores(&self, now: Nanos) {
+        if now < self.next_chore.load(Ordering::Relaxed) {
+            return;
+        }
+        let (due, later): (Vec<_>, Vec<_>) = std::mem::take(&mut *lock(&self.chores))
+            .into_iter()
+            .filter(|(_, chore)| chore.strong_count() > 0)
+            .partition(|(due, _)| *due <= now);
+        self.next_chore.store(NEVER, Ordering::Relaxed);
+        later.into_iter().for_each(|(due, chore)| self.push_chore(due, chore));
+        for (_, chore) in due {
+            if let Some(after) = chore.upgrade().and_then(|chore| chore.run()) {
+                let after = u64::try_from(after.as_nanos()).unwrap_or(NEVER);
+                self.push_chore(now.saturating_add(after), chore);
+            }
+        }
+    }
+}
+
+impl Log {
+    fn is_late(&self, now: Nanos) -> bool {
+        self.due != 0 && now > self.due.saturating_add(Watchdog::GRACE)
+    }
+
+    fn add_late(&mut self, now: Nanos) {
+        let late = Late { from: self.late_from, to: now, total: now - self.late_from };
+        if self.late.len() == Watchdog::LOGGED
+            && let (Some(oldest), Some(next)) = (self.late.pop_front(), self.late.front_mut())
+        {
+            // A wait may be longer than the log: its oldest part gets coarser, and stays complete.
+            (next.from, next.total) = (oldest.from, next.total + oldest.total);
+        }
+        self.late.push_back(late);
+    }
+
+    fn late_between(&self, from: Nanos, to: Nanos) -> Nanos {
+        let logged = self.late.iter().rev().take_while(|late| late.to > from);
+        let logged: Nanos = logged.map(|late| late.within(from, to)).sum();
+        let running = if self.is_late(to) { to.saturating_sub(self.late_from.max(from)) } else { 0 };
+        (logged + running).min(to.saturating_sub(from))
+    }
+
+    fn first_turn(&self, is_after: impl Fn(&Turn) -> bool) -> Option<Nanos> {
+        self.turns.iter().rev().take_while(|turn| is_after(turn)).last().map(|turn| turn.ran)
+    }
+}
+
+impl Late {
+    fn within(&self, from: Nanos, to: Nanos) -> Nanos {
+        let covered = self.to.min(to).saturating_sub(self.from.max(from));
+        let (covered, total) = (u128::from(covered), u128::from(self.total));
+        let part = covered * total / u128::from(self.to.saturating_sub(self.from).max(1));
+        u64::try_from(part).unwrap_or(NEVER)
+    }
+}
+
+/// What runs on the runtime that is watched.
+struct Task(Arc<Watchdog>);
+
+impl Task {
+    async fn run(self) {
+        let watchdog = &self.0;
+        loop {
+            let now = watchdog.clock.now();
+            let queued = watchdog.queued.swap(NEVER, Ordering::Relaxed);
+            let due = watchdog.turn(queued, now);
+            watchdog.do_chores(now);
+            let asked = watchdog.asked.load(Ordering::Relaxed);
+            if queued != NEVER && asked > queued {
+                // Asked for once more while it waited already: that one is to stand behind whom it is asked about.
+                watchdog.queued.store(asked.max(now), Ordering::Relaxed);
+                to_the_end_of_the_run_queue().await;
+            } else if due == NEVER {
+                watchdog.wake.notified().await;
+            } else {
+                let left = Duration::from_nanos(due.saturating_sub(now));
+                tokio::select! {
+                    () = sleep(left) => {}
+                    () = watchdog.wake.notified() => {}
+                }
+            }
+        }
+    }
+}
+
+/// Unlike tokio's `yield_now`, does not wait until the runtime has looked at its timers and sockets.
+async fn to_the_end_of_the_run_queue() {
+    let mut is_queued = false;
+    std::future::poll_fn(|cx| {
+        if std::mem::replace(&mut is_queued, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.is_gone.store(true, Ordering::Relaxed);
+        // What does not run cannot be late.
+        lock(&self.0.log).due = NEVER;
+        self.0.overdue_at.store(NEVER, Ordering::Relaxed);
+    }
+}
+
+fn push<T>(log: &mut VecDeque<T>, entry: T, most: usize) {
+    if log.len() == most {
+        log.pop_front();
+    }
+    log.push_back(entry);
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl std::fmt::Debug for Watchdog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Watchdog").finish_non_exhaustive()
+    }
+}
