@@ -87,7 +87,11 @@ impl Shared {
         let at = ledger.now();
         let came_late = ledger.take(busy(state), at);
         state.consumer = None;
-        let producer = if ledger.producer_is(Producer::Room) { state.producer.take() } else { None };
+        let mut producer = None;
+        if ledger.producer_is(Producer::Room) {
+            producer = state.producer.take();
+            ledger.wake_producer(at);
+        }
         Some((Taken::Chunk { chunk, occupancy, came_late, at }, producer))
     }
 }
@@ -130,6 +134,7 @@ impl Sender {
         let Limits { rows: row_limit, bytes: byte_limit, .. } = self.0.limits;
         let ledger = &self.0.gauge.ledger;
         let mut state = self.0.lock();
+        ledger.producer_runs();
         if state.receiver_gone {
             return Poll::Ready(Err(Closed));
         }
@@ -149,6 +154,14 @@ impl Sender {
         }
         register(&mut state.producer, cx);
         Poll::Pending
+    }
+
+    /// The producer goes over into a task, which the consumer's thread is to run.
+    pub(crate) fn leave(&mut self) {
+        let state = self.0.lock();
+        let ledger = &self.0.gauge.ledger;
+        ledger.wake_producer(ledger.now());
+        drop(state);
     }
 
     /// Sends a chunk that fits the room seen before; gives memory for the next one.
@@ -287,6 +300,12 @@ impl Receiver {
         ledger.consumer(next(&state), ledger.now());
     }
 
+    /// The caller goes on when it is polled again, and only lets others have their turn.
+    pub(crate) fn yield_thread(&mut self) {
+        let state = self.shared.lock();
+        self.shared.gauge.ledger.yield_thread(state.is_empty());
+    }
+
     /// Forgets whom to wake, for a caller that is about to look again.
     pub(crate) fn forget_waker(&mut self) {
         self.shared.lock().consumer = None;
@@ -352,7 +371,7 @@ mod tests {
     const LIMITS: Limits = Limits { rows: 4, bytes: 100, chunk_rows: 2, chunk_bytes: 50 };
 
     fn channel() -> (Sender, Receiver) {
-        bounded(LIMITS, Clock::start(), Arc::new(Watchdog::new(Clock::start())))
+        bounded(LIMITS, Clock::start(), Arc::new(Watchdog::new(Clock::start(), true)))
     }
 
     fn rows(count: usize, bytes: usize) -> Chunk {
@@ -468,7 +487,7 @@ mod tests {
     /// Runs `script` with a clock moved by hand and gives what the ledger holds then, in milliseconds.
     fn ledger(script: impl FnOnce(&dyn Fn(Nanos), &mut Sender, &mut Receiver)) -> ([Nanos; 5], [Nanos; 2]) {
         let (clock, hand) = manual();
-        let watchdog = Arc::new(Watchdog::new(clock.clone()));
+        let watchdog = Arc::new(Watchdog::new(clock.clone(), true));
         let (mut sender, mut receiver) = bounded(LIMITS, clock, watchdog);
         let at = |ms: Nanos| hand.store(ms * 1_000_000, Ordering::Relaxed);
         script(&at, &mut sender, &mut receiver);

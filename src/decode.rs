@@ -339,8 +339,11 @@ mod tests {
     fn decoding(rows: &[&[u8]]) -> Nanos {
         let (clock, hand) = manual();
         HAND.set(hand);
-        let gauge =
-            Arc::new(Gauge::new(256, 1 << 20, Ledger::new(clock.clone(), Arc::new(Watchdog::new(clock)))));
+        let gauge = Arc::new(Gauge::new(
+            256,
+            1 << 20,
+            Ledger::new(clock.clone(), Arc::new(Watchdog::new(clock, true))),
+        ));
         let stream = Observer { entity: "t".into(), gauge, progress: Arc::default() };
         let (mut sampler, mut in_hand) = (Sampler::default(), InHand::<Slow>::default());
         in_hand.take(chunk::of(rows));

@@ -129,6 +129,10 @@ impl Handover {
         .await;
     }
 
+    pub(crate) fn is_done(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == IN_TASK
+    }
+
     fn is_wanted(&self) -> bool {
         self.0.load(Ordering::Relaxed) == WANTS_TASK
     }

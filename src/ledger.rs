@@ -36,8 +36,6 @@ const STATES: usize = 5;
 /// A consumer that comes for rows within this time takes them at once: that is how long a runtime that is well
 /// may take to run a task that is ready.
 const AT_ONCE: Nanos = 500_000;
-/// Rows that come within this time after a thread was let go were there before: it took that long to read them.
-const SOON: Nanos = 2_000_000;
 const NEVER: Nanos = Nanos::MAX;
 
 /// The time of one stream. Transitions are made by one writer at a time (the channel's lock sees to that);
@@ -54,6 +52,12 @@ const NEVER: Nanos = Nanos::MAX;
 /// - a poll that finds nothing again, while a turn of the watchdog is overdue, comes from a task that was running
 ///   meanwhile: the time is its own.
 ///
+/// - a producer that was woken as this consumer made room for it stands in the run queue just behind the consumer.
+///   While it has not come although the runtime is not late, the consumer keeps it from running: backlog.
+///
+/// The order of turns proves something only where one thread runs all tasks. Where there are more, a consumer that
+/// keeps one of them does not make the watchdog late.
+///
 /// While its own task keeps the only thread, nobody can read rows for the consumer, and the channel looks empty.
 /// If rows come at once when it lets go, they had been there: that time was backlog.
 #[derive(Debug)]
@@ -69,6 +73,8 @@ pub(crate) struct Ledger {
     asked_in_wait: AtomicU64,
     /// Whether rows that came asked for one.
     asked_by_rows: AtomicBool,
+    /// Since when the producer waits to run, because the consumer made room for it; `NEVER` if it does not.
+    producer_woken: AtomicU64,
     /// Time in `Overlap` that is backlog if rows come soon after `suspect_until`.
     suspect: AtomicU64,
     suspect_until: AtomicU64,
@@ -103,6 +109,7 @@ impl Ledger {
             producer: Partition::new(Producer::Source as usize),
             asked_in_wait: AtomicU64::new(NEVER),
             asked_by_rows: AtomicBool::new(false),
+            producer_woken: AtomicU64::new(NEVER),
             suspect: AtomicU64::new(0),
             suspect_until: AtomicU64::new(0),
             decode: AtomicU64::new(0),
@@ -139,7 +146,7 @@ impl Ledger {
         let was_asked = self.asked_in_wait.load(Ordering::Relaxed) != NEVER;
         let now = self.now();
         let late_since = self.watchdog.late_since(self.offset + now);
-        if late_since.is_none() && !was_asked && !self.watchdog.is_alert(self.offset + now) {
+        if late_since.is_none() && !was_asked && !self.watchdog.takes_questions(self.offset + now) {
             return;
         }
         self.write(|| {
@@ -158,7 +165,7 @@ impl Ledger {
     }
 
     fn ask_in_wait(&self, now: Nanos) {
-        let is_alert = self.watchdog.is_alert(self.offset + now);
+        let is_alert = self.watchdog.takes_questions(self.offset + now);
         self.asked_in_wait.store(if is_alert { now } else { NEVER }, Ordering::Relaxed);
         if is_alert {
             self.watchdog.ask(self.offset + now);
@@ -184,7 +191,7 @@ impl Ledger {
                 self.enter(Consumer::Woken as usize, now, parts);
                 self.settle_suspect(now);
             });
-            let is_alert = self.watchdog.is_alert(self.offset + now);
+            let is_alert = self.watchdog.takes_questions(self.offset + now);
             self.asked_by_rows.store(is_alert, Ordering::Relaxed);
             if is_alert {
                 self.watchdog.ask(self.offset + now);
@@ -194,9 +201,48 @@ impl Ledger {
         }
     }
 
+    /// The consumer could go on, and only lets others have their turn. Call under the channel's lock.
+    pub(crate) fn yield_thread(&self, is_empty: bool) {
+        let now = self.now();
+        self.consumer(if is_empty { Consumer::SourceWait } else { Consumer::Woken }, now);
+        self.asked_in_wait.store(NEVER, Ordering::Relaxed);
+        self.asked_by_rows.store(false, Ordering::Relaxed);
+    }
+
+    /// The producer is about to be woken by the consumer. Call under the channel's lock.
+    pub(crate) fn wake_producer(&self, now: Nanos) {
+        self.producer_woken.store(now, Ordering::Relaxed);
+    }
+
+    /// The producer runs. Call under the channel's lock.
+    pub(crate) fn producer_runs(&self) {
+        if self.producer_woken.load(Ordering::Relaxed) == NEVER {
+            return;
+        }
+        let now = self.now();
+        let is_waiting = self.consumer_is(Consumer::SourceWait) || self.consumer_is(Consumer::Overlap);
+        self.write(|| {
+            if is_waiting && self.kept_producer(self.consumer.since(), now) > 0 {
+                let state = self.consumer.state();
+                self.enter(state, now, self.running(now));
+            }
+            self.producer_woken.store(NEVER, Ordering::Relaxed);
+        });
+    }
+
+    /// How long the consumer kept a woken producer from running.
+    fn kept_producer(&self, since: Nanos, now: Nanos) -> Nanos {
+        let since = self.producer_woken.load(Ordering::Relaxed).max(since);
+        let kept = now.saturating_sub(since);
+        if kept <= AT_ONCE {
+            return 0;
+        }
+        kept - self.watchdog.late_between(self.offset + since, self.offset + now).min(kept)
+    }
+
     fn settle_suspect(&self, now: Nanos) {
         let suspect = self.suspect.load(Ordering::Relaxed);
-        let is_soon = now.saturating_sub(self.suspect_until.load(Ordering::Relaxed)) <= SOON;
+        let is_soon = now.saturating_sub(self.suspect_until.load(Ordering::Relaxed)) <= Watchdog::CATCH_UP;
         if suspect > 0 && is_soon {
             self.consumer.shift(Consumer::Overlap as usize, Consumer::Backlog as usize, suspect);
         }
@@ -257,8 +303,14 @@ impl Ledger {
         let (from, to) = (self.offset + since, self.offset + since + life);
         if self.consumer_is(Consumer::SourceWait) {
             let own = self.kept_thread(now).min(life);
-            let late = self.watchdog.late_between(from + own, to).min(life - own);
-            return [life - own - late, late, own, 0, 0];
+            // A runtime that was late delayed the rows only if they come as soon as it is not.
+            let late = self.watchdog.late_up_to(from + own, to).min(life - own);
+            let kept = self.kept_producer(since + own, now).min(life - own - late);
+            return [life - own - late - kept, late, own, kept, 0];
+        }
+        if self.consumer_is(Consumer::Overlap) {
+            let kept = self.kept_producer(since, now).min(life);
+            return [0, 0, life - kept, kept, 0];
         }
         if self.consumer_is(Consumer::Woken) {
             let late = self.late_for_rows(from, to).min(life);
@@ -371,7 +423,7 @@ mod tests {
     impl Test {
         fn new() -> Self {
             let (clock, hand) = manual();
-            let watchdog = Arc::new(Watchdog::new(clock.clone()));
+            let watchdog = Arc::new(Watchdog::new(clock.clone(), true));
             watchdog.stream_begins();
             Self { ledger: Ledger::new(clock, watchdog), hand, before: Default::default() }
         }
@@ -397,7 +449,7 @@ mod tests {
                 self.at(ms * MS);
                 self.turn();
             }
-            assert!(self.ledger.watchdog().is_alert(100 * MS));
+            assert!(self.ledger.watchdog().takes_questions(100 * MS));
             self.ledger.wait(100 * MS);
             self.ledger.rows_came();
             self.ledger.take(Consumer::Overlap, 100 * MS);

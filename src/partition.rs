@@ -38,6 +38,10 @@ impl<const N: usize> Partition<N> {
         self.state.load(Ordering::Relaxed) == state
     }
 
+    pub(crate) fn state(&self) -> usize {
+        self.state.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn since(&self) -> Nanos {
         self.since.load(Ordering::Relaxed)
     }

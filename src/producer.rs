@@ -34,7 +34,12 @@ pub(crate) async fn run(
             cutter.filling.expect(rows, bytes);
         }
         match cut {
-            Ok(false) => handover.into_task().await,
+            Ok(false) => {
+                if !handover.is_done() {
+                    sender.leave();
+                    handover.into_task().await;
+                }
+            }
             Ok(true) => return Ok(Ok(())),
             Err(error) => return Ok(Err(error)),
         }
@@ -118,7 +123,7 @@ mod tests {
     const LIMITS: Limits = Limits { rows: 8, bytes: 80, chunk_rows: 4, chunk_bytes: 40 };
 
     fn channel() -> (Sender, Receiver) {
-        bounded(LIMITS, Clock::start(), Arc::new(Watchdog::new(Clock::start())))
+        bounded(LIMITS, Clock::start(), Arc::new(Watchdog::new(Clock::start(), true)))
     }
 
     type Row = Result<&'static str, Error>;

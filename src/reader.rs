@@ -98,7 +98,10 @@ impl<T: FromJson> Reader<T> {
                 return Poll::Ready(None);
             }
             // A source that never pauses must not keep the thread from other tasks.
-            let budget = ready!(tokio::task::coop::poll_proceed(cx));
+            let Poll::Ready(budget) = tokio::task::coop::poll_proceed(cx) else {
+                self.receiver.yield_thread();
+                return Poll::Pending;
+            };
             let taken = ready!(self.poll_take(cx));
             budget.made_progress();
             if let Some(error) = self.accept(taken) {

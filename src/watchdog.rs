@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::Poll;
 use std::time::Duration;
 
-use tokio::runtime::{Handle, Id};
+use tokio::runtime::{Handle, Id, RuntimeFlavor};
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
@@ -27,6 +27,8 @@ type Due = (Nanos, Weak<dyn Chore>);
 
 pub(crate) struct Watchdog {
     clock: Clock,
+    /// One thread runs all tasks, in the order in which they were woken.
+    has_one_thread: bool,
     /// A turn that has not come by then is late.
     overdue_at: AtomicU64,
     /// The end of the latest interval in `Log::late`.
@@ -57,6 +59,8 @@ struct Log {
     /// From when on a turn that is overdue counts as late.
     late_from: Nanos,
     late: VecDeque<Late>,
+    last_turn: Nanos,
+    /// Those that were asked for.
     turns: VecDeque<Turn>,
 }
 
@@ -85,13 +89,17 @@ impl Watchdog {
     const WATCH: Nanos = 10 * MS;
     const ALERT: Nanos = 2 * MS;
     /// What a timer may be late by: its grain is 1 ms.
-    const GRACE: Nanos = 2 * MS;
+    const GRACE: Nanos = 3 * MS / 2;
+    /// Who was kept from the thread does what it had to do within this time.
+    pub(crate) const CATCH_UP: Nanos = 2 * MS;
     /// How long a runtime that was late is suspected to be late again.
     const SUSPICION: Nanos = 250 * MS;
     /// A wait of this length is likely to be followed by others, for eight times its length and at most a second.
     const LONG_WAIT: Nanos = 2 * MS;
     const LONGEST_WATCH: Nanos = 1_000 * MS;
-    const LOGGED: usize = 64;
+    const LOGGED: usize = 256;
+    /// Being late by this much is not the operating system's doing.
+    const SURELY_LATE: Nanos = 10 * MS;
 
     /// Returns the watchdog of a runtime.
     pub(crate) fn of(runtime: &Handle) -> Arc<Self> {
@@ -104,15 +112,17 @@ impl Watchdog {
             return watchdog;
         }
         all.retain(|_, watchdog| watchdog.strong_count() > 0);
-        let watchdog = Arc::new(Self::new(Clock::start()));
+        let has_one_thread = runtime.runtime_flavor() == RuntimeFlavor::CurrentThread;
+        let watchdog = Arc::new(Self::new(Clock::start(), has_one_thread));
         all.insert(runtime.id(), Arc::downgrade(&watchdog));
         runtime.spawn(Task(Arc::clone(&watchdog)).run());
         watchdog
     }
 
-    pub(crate) fn new(clock: Clock) -> Self {
+    pub(crate) fn new(clock: Clock, has_one_thread: bool) -> Self {
         Self {
             clock,
+            has_one_thread,
             overdue_at: AtomicU64::new(NEVER),
             last_late: AtomicU64::new(0),
             queued: AtomicU64::new(NEVER),
@@ -168,9 +178,14 @@ impl Watchdog {
         self.push_chore(self.clock.now() + Self::WATCH, chore);
     }
 
-    /// Whether the runtime was late a moment ago.
-    pub(crate) fn is_alert(&self, now: Nanos) -> bool {
+    fn is_alert(&self, now: Nanos) -> bool {
         now < self.alert_until.load(Ordering::Relaxed)
+    }
+
+    /// Whether it is worth to ask for turns: the runtime was late a moment ago, and the order of turns proves
+    /// something, as tasks run one after the other.
+    pub(crate) fn takes_questions(&self, now: Nanos) -> bool {
+        self.has_one_thread && self.is_alert(now)
     }
 
     /// Asks for a turn, which takes its place in the run queue now.
@@ -189,6 +204,14 @@ impl Watchdog {
         lock(&self.log).late_between(from, to)
     }
 
+    /// Returns for how long the runtime was late without a break up to the end of an interval.
+    pub(crate) fn late_up_to(&self, from: Nanos, to: Nanos) -> Nanos {
+        if to <= self.overdue_at.load(Ordering::Relaxed) && self.last_late.load(Ordering::Relaxed) <= from {
+            return 0;
+        }
+        lock(&self.log).late_up_to(from, to)
+    }
+
     /// Returns since when a turn is overdue that has not come at `now`.
     pub(crate) fn late_since(&self, now: Nanos) -> Option<Nanos> {
         if now <= self.overdue_at.load(Ordering::Relaxed) {
@@ -200,7 +223,10 @@ impl Watchdog {
 
     /// Returns when the first turn ran after `moment`.
     pub(crate) fn first_turn_after(&self, moment: Nanos) -> Option<Nanos> {
-        lock(&self.log).first_turn(|turn| turn.ran > moment)
+        let log = lock(&self.log);
+        // If it was not one that was asked for, it was the last.
+        let last = Some(log.last_turn).filter(|ran| *ran > moment);
+        log.first_turn(|turn| turn.ran > moment).or(last)
     }
 
     /// Returns when the first turn ran that took its place in the run queue at `moment` or later.
@@ -214,14 +240,16 @@ impl Watchdog {
         let mut log = lock(&self.log);
         if log.is_late(now) {
             // One such turn may be the operating system's; from the second on the runtime is suspect.
-            if now < self.watch_until.fetch_max(now + Self::SUSPICION, Ordering::Relaxed) {
+            let watched_until = self.watch_until.fetch_max(now + Self::SUSPICION, Ordering::Relaxed);
+            if now < watched_until || now - log.due >= Self::SURELY_LATE {
                 self.alert_until.store(now + Self::SUSPICION, Ordering::Relaxed);
             }
             log.add_late(now);
             self.last_late.store(now, Ordering::Relaxed);
         }
-        if queued != NEVER || self.is_alert(now) {
-            push(&mut log.turns, Turn { queued: queued.min(now), ran: now }, Self::LOGGED);
+        log.last_turn = now;
+        if queued != NEVER {
+            push(&mut log.turns, Turn { queued, ran: now }, Self::LOGGED);
         }
         let period = self.period(now);
         let is_idle = period == Self::FAR && self.streams.load(Ordering::Relaxed) == 0;
@@ -285,6 +313,19 @@ impl Log {
             (next.from, next.total) = (oldest.from, next.total + oldest.total);
         }
         self.late.push_back(late);
+    }
+
+    fn late_up_to(&self, from: Nanos, to: Nanos) -> Nanos {
+        let mut start = if self.is_late(to) { self.late_from.max(from) } else { to };
+        let mut late = to.saturating_sub(start);
+        for interval in self.late.iter().rev() {
+            if start <= from || interval.to + Watchdog::CATCH_UP < start {
+                break;
+            }
+            late += interval.within(from, start);
+            start = interval.from;
+        }
+        late
     }
 
     fn late_between(&self, from: Nanos, to: Nanos) -> Nanos {

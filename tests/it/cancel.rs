@@ -403,20 +403,6 @@ async fn a_stream_read_to_its_end_sends_no_cancel() {
     }
 }
 
-#[tokio::test]
-async fn a_stream_dropped_within_a_transaction_aborts_only_its_query() {
-    let database = Database::with(&format!("{ENDLESS} {}", table_script("t", 3, 0)));
-    let mut db = database.connect().await;
-    db.client().await.unwrap().batch_execute("BEGIN; SAVEPOINT s").await.unwrap();
-    let mut stream = db.query::<Value>("endless").stream().await.unwrap();
-    within(SOON, stream.next()).await.unwrap().unwrap();
-    drop(stream);
-    // Postgres aborts the transaction with the cancelled query; the client below can take that back.
-    db.client().await.unwrap().batch_execute("ROLLBACK TO s").await.unwrap();
-    assert_eq!(rows_of(db.query::<Doc>("t").stream().await.unwrap()).await.len(), 3);
-    db.client().await.unwrap().batch_execute("COMMIT").await.unwrap();
-}
-
 /// A way to the server that is closed for every connection but the first.
 async fn one_way(port: u16) -> u16 {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -6,6 +6,7 @@ mod backpressure;
 mod bad_input;
 mod cancel;
 mod connect;
+mod consumers;
 mod first_row;
 mod loss;
 mod null;

@@ -1,6 +1,6 @@
 //! Rows: all of them, in order, as any type, and byte by byte as Postgres sent them.
 
-use fraiseql_stream::{ErrorKind, RawJson};
+use fraiseql_stream::{Connection, ErrorKind, RawJson};
 use futures_util::{StreamExt, TryStreamExt};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -332,7 +332,15 @@ async fn close_gives_the_connection_back_clean() {
 #[tokio::test]
 async fn a_connection_runs_many_streams_in_turn() {
     let database = table(500, 0);
-    let mut db = database.connect().await;
+    many_streams(database.connect().await, 100).await;
+    let uncached = Connection::builder(&database.url).statement_cache(0).connect().await.unwrap();
+    many_streams(uncached, 0).await;
+    let few = Connection::builder(&database.url).statement_cache(7).connect().await.unwrap();
+    many_streams(few, 7).await;
+}
+
+/// Runs a hundred queries of different texts; `left` statements stay prepared on the server.
+async fn many_streams(mut db: Connection, left: i64) {
     for turn in 0..100_u32 {
         let (low, rows) = (i32::try_from(turn).unwrap(), u64::from(turn) + 1);
         let query = db.query::<Doc>("t").where_sql("id >= $1", &[&low]).order_by("id").limit(rows);
@@ -341,8 +349,7 @@ async fn a_connection_runs_many_streams_in_turn() {
     }
     // All but the one that asks.
     let ask = "SELECT count(*) - 1 FROM pg_prepared_statements";
-    let left: i64 = scalar(&mut db, ask).await;
-    assert_eq!(left, 0, "no statement stays behind on the server");
+    assert_eq!(scalar::<i64>(&mut db, ask).await, left);
 }
 
 #[tokio::test]

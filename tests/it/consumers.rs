@@ -1,0 +1,132 @@
+//! The verdict does not depend on the way a stream is consumed: a table of ways, settings and runtimes, in
+//! which one side at a time is slow by a wide margin.
+
+mod case;
+mod load;
+mod occupancy;
+mod sources;
+mod table;
+mod ways;
+
+use std::time::Duration;
+
+use fraiseql_stream::Verdict::{ConsumerBound, RuntimeBound, SourceBound};
+
+use case::Case;
+use table::Expected::{Busy, Is, NotTheSource};
+use table::Flavor::{CurrentThread, MultiThread};
+use table::{BLOCKING, BOTH, EVERY_5_MS, SLEEPING, SLOW_SOURCES, Setting, cases, check};
+use ways::{
+    BLOCK_IN_PLACE, BUFFER_UNORDERED, CHUNKS, CHUNKS_TIMEOUT, FOR_EACH_CONCURRENT, JOINED,
+    JOINED_READY_CHUNKS, JOINED_WITH_CPU_WORK, MERGED, MPSC, NEXT, NEXT_CHUNK, NEXT_READY, NEXT_THEN_READY,
+    NOW_OR_NEVER, POLL_IMMEDIATE, READY_CHUNKS_1000, READY_CHUNKS_5000, SELECT_FLUSH, SPAWN_BLOCKING,
+    TIMEOUT_AT, Way,
+};
+
+/// Ways that take one row at a time.
+const ROW_BY_ROW: [Way; 4] = [NEXT, TIMEOUT_AT, MERGED, JOINED];
+
+/// Ways that take many rows and then work on them.
+const BATCHES: [Way; 8] = [
+    NEXT_CHUNK,
+    READY_CHUNKS_1000,
+    READY_CHUNKS_5000,
+    CHUNKS,
+    CHUNKS_TIMEOUT,
+    NEXT_THEN_READY,
+    SELECT_FLUSH,
+    JOINED_READY_CHUNKS,
+];
+
+/// Ways that work on several rows concurrently.
+const CONCURRENT: [Way; 2] = [BUFFER_UNORDERED, FOR_EACH_CONCURRENT];
+
+/// Ways that hand the work to another task or thread and wait for it.
+const HANDED_OVER: [Way; 2] = [MPSC, SPAWN_BLOCKING];
+
+/// Ways that check for a row and do something else if there is none.
+const LOOKS: [Way; 3] = [NEXT_READY, POLL_IMMEDIATE, NOW_OR_NEVER];
+
+#[test]
+fn a_slow_consumer_of_single_rows_is_consumer_bound() {
+    let ways = [&ROW_BY_ROW[..], &LOOKS].concat();
+    check(&cases(&BOTH, &ways, &SLEEPING, Is(ConsumerBound)));
+}
+
+#[test]
+fn a_slow_consumer_of_batches_is_consumer_bound() {
+    check(&cases(&BOTH, &BATCHES, &SLEEPING, Is(ConsumerBound)));
+}
+
+#[test]
+fn a_slow_consumer_that_works_beside_the_stream_is_consumer_bound() {
+    let work_elsewhere = [
+        cases(&BOTH, &CONCURRENT, &SLEEPING, Is(ConsumerBound)),
+        cases(&BOTH, &[MPSC], &SLEEPING, Is(ConsumerBound)),
+        cases(&BOTH, &[SPAWN_BLOCKING], &BLOCKING, Is(ConsumerBound)),
+        cases(&[MultiThread], &[BLOCK_IN_PLACE], &BLOCKING, Is(ConsumerBound)),
+    ];
+    check(&work_elsewhere.concat());
+}
+
+#[test]
+fn a_consumer_that_blocks_its_thread_between_polls_is_consumer_bound() {
+    let ways = [NEXT, NEXT_CHUNK, CHUNKS, NEXT_THEN_READY];
+    let on_two_threads = cases(&[MultiThread], &ways, &BLOCKING, Is(ConsumerBound));
+    let on_one_thread = cases(&[CurrentThread], &ways, &BLOCKING, Busy);
+    check(&[on_two_threads, on_one_thread].concat());
+}
+
+#[test]
+fn a_consumer_that_blocks_its_thread_while_it_waits_for_rows_is_not_source_bound() {
+    let ways = [READY_CHUNKS_1000, SELECT_FLUSH, JOINED_READY_CHUNKS, JOINED_WITH_CPU_WORK];
+    // The other thread runs timers in time, so the runtime is not late.
+    let on_two_threads = cases(&[MultiThread], &ways, &BLOCKING, Is(ConsumerBound));
+    let on_one_thread = cases(&[CurrentThread], &ways, &BLOCKING, NotTheSource);
+    check(&[on_two_threads, on_one_thread].concat());
+}
+
+#[test]
+fn a_fast_consumer_of_single_rows_from_a_slow_source_is_source_bound() {
+    let ways = [&ROW_BY_ROW[..], &CONCURRENT, &HANDED_OVER].concat();
+    let rows = cases(&BOTH, &ways, &SLOW_SOURCES, Is(SourceBound));
+    // A look every 1 to 2 ms is late for a row every 1 ms.
+    let looks = cases(&BOTH, &[POLL_IMMEDIATE, NOW_OR_NEVER], &[EVERY_5_MS], Is(SourceBound));
+    check(&[rows, looks].concat());
+}
+
+#[test]
+fn a_fast_consumer_of_batches_from_a_slow_source_is_source_bound() {
+    let batches = cases(&BOTH, &BATCHES, &SLOW_SOURCES, Is(SourceBound));
+    let in_place = cases(&[MultiThread], &[BLOCK_IN_PLACE], &SLOW_SOURCES, Is(SourceBound));
+    check(&[batches, in_place].concat());
+}
+
+/// Fast consumers on a runtime that other tasks block for `stint` milliseconds at a time.
+fn starved(stint: u64) -> Vec<Case> {
+    let setting = [Setting::Starved(Duration::from_millis(stint))];
+    let ways = [&ROW_BY_ROW[..], &BATCHES, &CONCURRENT].concat();
+    // Between polls, these wait for a task or a timer of the starved runtime.
+    let held_up = [&HANDED_OVER[..], &[POLL_IMMEDIATE, NOW_OR_NEVER]].concat();
+    let all = [
+        cases(&BOTH, &ways, &setting, Is(RuntimeBound)),
+        cases(&[MultiThread], &[BLOCK_IN_PLACE], &setting, Is(RuntimeBound)),
+        cases(&BOTH, &held_up, &setting, NotTheSource),
+    ];
+    all.concat()
+}
+
+#[test]
+fn a_runtime_starved_by_stints_of_5_ms_is_runtime_bound() {
+    check(&starved(5));
+}
+
+#[test]
+fn a_runtime_starved_by_stints_of_20_ms_is_runtime_bound() {
+    check(&starved(20));
+}
+
+#[test]
+fn a_runtime_starved_by_stints_of_50_ms_is_runtime_bound() {
+    check(&starved(50));
+}

@@ -1,0 +1,400 @@
+//! Ways to consume a stream, each as a caller would write it.
+//!
+//! Each way works on its rows as `Work` says and drops the stream at the work's deadline.
+
+use std::pin::pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use fraiseql_stream::{JsonStream, RawJson, Result};
+use futures_util::future::{self, BoxFuture};
+use futures_util::{FutureExt, StreamExt, TryStreamExt, stream};
+use tokio::sync::mpsc;
+use tokio::task::{block_in_place, spawn_blocking, yield_now};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout_at};
+
+pub(super) type Rows = JsonStream<RawJson>;
+pub(super) type Ending = BoxFuture<'static, ()>;
+
+/// A way to consume, and the name that failures use for it.
+#[derive(Clone, Copy)]
+pub(super) enum Way {
+    /// One stream.
+    One(&'static str, fn(Rows, Work) -> Ending),
+    /// Two streams in one task.
+    Two(&'static str, fn(Rows, Rows, Work) -> Ending),
+}
+
+impl Way {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::One(name, _) | Self::Two(name, _) => name,
+        }
+    }
+
+    pub(super) fn streams(self) -> usize {
+        match self {
+            Self::One(..) => 1,
+            Self::Two(..) => 2,
+        }
+    }
+
+    /// Consumes as many streams as the way takes.
+    pub(super) fn start(self, mut streams: Vec<Rows>, work: Work) -> Ending {
+        let mut next = || streams.pop().unwrap_or_else(|| panic!("too few streams for {}", self.name()));
+        match self {
+            Self::One(_, consume) => consume(next(), work),
+            Self::Two(_, consume) => consume(next(), next(), work),
+        }
+    }
+}
+
+/// What a consumer does with its rows, and until when.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Work {
+    /// The time that a row takes; zero for a fast consumer.
+    pub(super) each: Duration,
+    /// Whether the work blocks its thread, as work on the CPU does.
+    pub(super) blocks: bool,
+    /// The consumer stops then, even in the middle of a batch.
+    pub(super) deadline: Instant,
+}
+
+impl Work {
+    pub(super) fn goes_on(&self) -> bool {
+        Instant::now() < self.deadline
+    }
+
+    /// Works on `rows`.
+    async fn on(self, rows: usize) {
+        if self.blocks {
+            self.block_for(rows);
+        } else if !self.each.is_zero() {
+            sleep(self.time_for(rows)).await;
+        }
+    }
+
+    /// Works on `rows` and holds the thread meanwhile.
+    fn block_for(self, rows: usize) {
+        std::thread::sleep(self.time_for(rows));
+    }
+
+    fn time_for(self, rows: usize) -> Duration {
+        let rows = u32::try_from(rows).unwrap_or(u32::MAX);
+        (self.each * rows).min(self.deadline.saturating_duration_since(Instant::now()))
+    }
+
+    /// The share of one of `hands` that work concurrently: together they take the same time for a row.
+    fn of_one_of(self, hands: u32) -> Self {
+        Self { each: self.each * hands, ..self }
+    }
+}
+
+fn fine(row: Option<Result<RawJson>>) -> RawJson {
+    row.unwrap_or_else(|| panic!("the source ended before its consumer"))
+        .unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn count(batch: Option<Vec<Result<RawJson>>>) -> usize {
+    batch.into_iter().flatten().inspect(|row| assert!(row.is_ok(), "{row:?}")).count()
+}
+
+pub(super) const NEXT: Way = Way::One("next", |mut rows, work| {
+    async move {
+        while work.goes_on() {
+            fine(rows.next().await);
+            work.on(1).await;
+        }
+    }
+    .boxed()
+});
+
+/// The number of rows in the next chunk.
+async fn chunk_of(rows: &mut Rows) -> usize {
+    let chunk = rows.next_chunk().await.unwrap_or_else(|error| panic!("{error}"));
+    chunk.map_or(0, |chunk| chunk.len())
+}
+
+pub(super) const NEXT_CHUNK: Way = Way::One("next_chunk", |mut rows, work| {
+    async move {
+        while work.goes_on() {
+            let count = chunk_of(&mut rows).await;
+            work.on(count).await;
+        }
+    }
+    .boxed()
+});
+
+async fn ready_chunks(rows: Rows, capacity: usize, work: Work) {
+    let mut batches = rows.ready_chunks(capacity);
+    while work.goes_on() {
+        let count = count(batches.next().await);
+        work.on(count).await;
+    }
+}
+
+pub(super) const READY_CHUNKS_1000: Way =
+    Way::One("ready_chunks(1000)", |rows, work| ready_chunks(rows, 1_000, work).boxed());
+
+pub(super) const READY_CHUNKS_5000: Way =
+    Way::One("ready_chunks(5000)", |rows, work| ready_chunks(rows, 5_000, work).boxed());
+
+pub(super) const CHUNKS: Way = Way::One("chunks(100)", |rows, work| {
+    async move {
+        let mut batches = rows.chunks(100);
+        while work.goes_on() {
+            let count = count(batches.next().await);
+            work.on(count).await;
+        }
+    }
+    .boxed()
+});
+
+pub(super) const CHUNKS_TIMEOUT: Way = Way::One("chunks_timeout(100, 20 ms)", |rows, work| {
+    async move {
+        let limit = Duration::from_millis(20);
+        let mut batches = pin!(tokio_stream::StreamExt::chunks_timeout(rows, 100, limit));
+        while work.goes_on() {
+            let count = count(batches.next().await);
+            work.on(count).await;
+        }
+    }
+    .boxed()
+});
+
+/// The pattern of the documentation of `next_ready`.
+pub(super) const NEXT_THEN_READY: Way = Way::One("next, then next_ready until dry", |mut rows, work| {
+    async move {
+        while work.goes_on() {
+            fine(rows.next().await);
+            let mut held = 1;
+            while let Some(row) = rows.next_ready() {
+                fine(Some(row));
+                held += 1;
+            }
+            work.on(held).await;
+        }
+    }
+    .boxed()
+});
+
+pub(super) const SELECT_FLUSH: Way = Way::One("select! with a flush every 20 ms", |mut rows, work| {
+    async move {
+        let mut flush = interval(Duration::from_millis(20));
+        flush.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut held = 0;
+        while work.goes_on() {
+            tokio::select! {
+                row = rows.next() => {
+                    fine(row);
+                    held += 1;
+                }
+                _ = flush.tick() => work.on(std::mem::take(&mut held)).await,
+            }
+        }
+    }
+    .boxed()
+});
+
+/// Sends the rows that are ready, then waits for the client, as an HTTP server does with a response body.
+pub(super) const RESPONSE_BODY: Way = Way::One("a response body", |mut rows, work| {
+    async move {
+        while work.goes_on() {
+            let sent = future::poll_fn(|cx| poll_ready_rows(&mut rows, cx)).await;
+            work.on(sent).await;
+        }
+    }
+    .boxed()
+});
+
+fn poll_ready_rows(rows: &mut Rows, cx: &mut Context<'_>) -> Poll<usize> {
+    let mut ready = 0;
+    while let Poll::Ready(row) = rows.poll_next_unpin(cx) {
+        fine(row);
+        ready += 1;
+    }
+    if ready > 0 { Poll::Ready(ready) } else { Poll::Pending }
+}
+
+pub(super) const TIMEOUT_AT: Way = Way::One("timeout_at for each row", |mut rows, work| {
+    async move {
+        while work.goes_on() {
+            let patience = Instant::now() + Duration::from_millis(3);
+            if let Ok(row) = timeout_at(patience, rows.next()).await {
+                fine(row);
+                work.on(1).await;
+            }
+        }
+    }
+    .boxed()
+});
+
+pub(super) const BUFFER_UNORDERED: Way = Way::One("buffer_unordered(8)", |rows, work| {
+    async move {
+        let work = work.of_one_of(8);
+        let jobs = rows.map(|row| async move {
+            fine(Some(row));
+            work.on(1).await;
+        });
+        let mut done = pin!(jobs.buffer_unordered(8));
+        while work.goes_on() {
+            done.next().await;
+        }
+    }
+    .boxed()
+});
+
+pub(super) const FOR_EACH_CONCURRENT: Way = Way::One("try_for_each_concurrent(4)", |rows, work| {
+    async move {
+        let work = work.of_one_of(4);
+        let rows = rows.map(|row| Ok(fine(Some(row))));
+        let all = rows.try_for_each_concurrent(4, |_| async move {
+            work.on(1).await;
+            if work.goes_on() { Ok(()) } else { Err("enough") }
+        });
+        assert_eq!(all.await, Err("enough"), "the source ended before its consumer");
+    }
+    .boxed()
+});
+
+pub(super) const MERGED: Way = Way::Two("two streams merged by select", |one, other, work| {
+    async move {
+        let mut rows = stream::select(one, other);
+        while work.goes_on() {
+            fine(rows.next().await);
+            work.on(1).await;
+        }
+    }
+    .boxed()
+});
+
+pub(super) const JOINED: Way = Way::Two("two streams joined by join!", |one, other, work| {
+    let read = move |mut rows: Rows| async move {
+        while work.goes_on() {
+            fine(rows.next().await);
+            work.on(1).await;
+        }
+    };
+    async move {
+        tokio::join!(read(one), read(other));
+    }
+    .boxed()
+});
+
+pub(super) const JOINED_READY_CHUNKS: Way =
+    Way::Two("two ready_chunks(1000) joined by join!", |one, other, work| {
+        async move {
+            tokio::join!(ready_chunks(one, 1_000, work), ready_chunks(other, 1_000, work));
+        }
+        .boxed()
+    });
+
+/// Works beside the stream instead of on its rows; each stint takes the time of 50 rows.
+pub(super) const JOINED_WITH_CPU_WORK: Way = Way::One("join! with stints of CPU work", |mut rows, work| {
+    async move {
+        let read = async {
+            while work.goes_on() {
+                fine(rows.next().await);
+            }
+        };
+        let stints = async {
+            while work.goes_on() {
+                work.block_for(50);
+                yield_now().await;
+            }
+        };
+        tokio::join!(read, stints);
+    }
+    .boxed()
+});
+
+pub(super) const MPSC: Way = Way::One("a worker task behind mpsc::channel(16)", |mut rows, work| {
+    async move {
+        let (sender, mut receiver) = mpsc::channel(16);
+        let worker = tokio::spawn(async move {
+            while let Some(row) = receiver.recv().await {
+                work.on(1).await;
+                drop(row);
+            }
+        });
+        while work.goes_on() {
+            let row = fine(rows.next().await);
+            sender.send(row).await.unwrap_or_else(|error| panic!("{error}"));
+        }
+        drop((rows, sender));
+        worker.await.unwrap_or_else(|error| panic!("{error}"));
+    }
+    .boxed()
+});
+
+pub(super) const SPAWN_BLOCKING: Way = Way::One("spawn_blocking per ready_chunks(1000)", |rows, work| {
+    async move {
+        let mut batches = rows.ready_chunks(1_000);
+        while work.goes_on() {
+            let count = count(batches.next().await);
+            spawn_blocking(move || work.block_for(count)).await.unwrap_or_else(|error| panic!("{error}"));
+        }
+    }
+    .boxed()
+});
+
+pub(super) const BLOCK_IN_PLACE: Way = Way::One("block_in_place per ready_chunks(1000)", |rows, work| {
+    async move {
+        let mut batches = rows.ready_chunks(1_000);
+        while work.goes_on() {
+            let count = count(batches.next().await);
+            block_in_place(|| work.block_for(count));
+        }
+    }
+    .boxed()
+});
+
+/// What a consumer does after a look that found nothing.
+async fn something_else() {
+    sleep(Duration::from_millis(1)).await;
+}
+
+pub(super) const NEXT_READY: Way = Way::One("next_ready between other work", |mut rows, work| {
+    async move {
+        while work.goes_on() {
+            match rows.next_ready() {
+                Some(row) => {
+                    fine(Some(row));
+                    work.on(1).await;
+                }
+                None => something_else().await,
+            }
+        }
+    }
+    .boxed()
+});
+
+pub(super) const POLL_IMMEDIATE: Way = Way::One("poll_immediate between other work", |mut rows, work| {
+    async move {
+        while work.goes_on() {
+            match future::poll_immediate(rows.next()).await {
+                Some(row) => {
+                    fine(row);
+                    work.on(1).await;
+                }
+                None => something_else().await,
+            }
+        }
+    }
+    .boxed()
+});
+
+pub(super) const NOW_OR_NEVER: Way = Way::One("now_or_never between other work", |mut rows, work| {
+    async move {
+        while work.goes_on() {
+            match rows.next().now_or_never() {
+                Some(row) => {
+                    fine(row);
+                    work.on(1).await;
+                }
+                None => something_else().await,
+            }
+        }
+    }
+    .boxed()
+});
