@@ -8,7 +8,7 @@ use crate::decode::FromJson;
 use crate::error::{Error, Result};
 use crate::postgres::{self, Session};
 use crate::query::Query;
-use crate::telemetry::{Instruments, PollSpans};
+use crate::telemetry::{Database, Instruments, PollSpans};
 
 /// A connection to Postgres that runs one stream at a time; the types see to that: a stream borrows it
 /// mutably ([`query`](Self::query)) or owns it ([`into_query`](Self::into_query)).
@@ -34,6 +34,7 @@ pub(crate) struct Telemetry {
     pub(crate) instruments: Instruments,
     pub(crate) poll_spans: PollSpans,
     pub(crate) query_text: bool,
+    pub(crate) database: Arc<Database>,
 }
 
 impl Connection {
@@ -321,12 +322,15 @@ impl Builder {
     /// Those of [`Connection::connect`].
     pub async fn connect(self) -> Result<Connection> {
         let session = Session::connect(postgres::parse(&self.connection)?, self.statement_cache).await?;
+        let peer = session.peer();
+        let database = Database::new(peer.address(), peer.port(), session.database(), session.schema());
         Ok(Connection {
             session: Arc::new(session),
             telemetry: Telemetry {
                 instruments: self.instruments.unwrap_or_else(Instruments::global),
                 poll_spans: self.poll_spans,
                 query_text: self.query_text,
+                database: Arc::new(database),
             },
         })
     }

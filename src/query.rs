@@ -182,6 +182,7 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
         };
         match launched {
             Ok(launch) => {
+                recorder.accepted();
                 // Sends the query: Postgres works on it before the first poll.
                 std::future::poll_fn(|cx| Poll::Ready(launch.poll(cx))).await;
                 let predicate = self.predicate.take();
@@ -196,17 +197,15 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
 
     /// Opens the query span and all else that tells of the stream.
     fn record(&self, stream: Observer, text: &str) -> Recorder {
-        let Connection { session, telemetry } = self.connection.borrow();
-        let (schema, peer) = (self.sql.schema(), session.peer());
+        let Connection { telemetry, .. } = self.connection.borrow();
         let about = telemetry::Query {
             entity: &self.sql.entity,
             summary: &format!("SELECT {}", self.sql.entity),
-            namespace: namespace(session.database(), schema.as_deref().or_else(|| session.schema())),
-            address: &peer.address(),
-            port: Some(peer.port()).filter(|port| *port != 5432),
+            schema: self.sql.schema(),
+            database: &telemetry.database,
             text: telemetry.query_text.then_some(text),
         };
-        Recorder::start(&telemetry.instruments, stream, &about, telemetry.poll_spans)
+        Recorder::start(&telemetry.instruments, stream, about, telemetry.poll_spans)
     }
 }
 
@@ -231,14 +230,6 @@ async fn prepare(
     // If nobody takes them, the stream's first item says why.
     let _ = bind.send(values);
     Ok(launch)
-}
-
-/// `{database}|{schema}`, or the one that is known.
-fn namespace(database: Option<&str>, schema: Option<&str>) -> Option<String> {
-    match (database, schema) {
-        (Some(database), Some(schema)) => Some(format!("{database}|{schema}")),
-        (one, other) => one.or(other).map(ToOwned::to_owned),
-    }
 }
 
 impl<T, C> fmt::Debug for Query<'_, T, C> {

@@ -14,17 +14,21 @@ use opentelemetry_sdk::trace::{BatchConfigBuilder as SpanBatch, BatchSpanProcess
 use super::InitError;
 use super::env::{Batch, Exporter, Protocol, Settings, Signal};
 use super::report::{Health, Reported};
+use crate::telemetry::{ENDS, MOST_ENTITIES};
 
-/// Series of one instrument: 1,000 entities times five states, and what the SDK keeps for overflow.
-const MOST_SERIES: usize = 5_010;
-/// Instruments with an attribute beside `entity`; the SDK's own limit of 2,000 would cut them.
-const WIDE: [&str; 5] = [
-    "fraiseql.stream.time",
-    "fraiseql.stream.rows",
-    "fraiseql.stream.ended",
-    "fraiseql.producer.time",
-    "fraiseql.chunk.adjustments",
+/// Instruments with attributes beside `entity`, and the series that each entity has there; the SDK's own limit
+/// of 2,000 would cut them.
+const WIDE: [(&str, usize); 5] = [
+    ("fraiseql.stream.time", 5),
+    ("fraiseql.stream.rows", 3),
+    ("fraiseql.stream.ended", ENDS),
+    ("fraiseql.producer.time", 2),
+    ("fraiseql.chunk.adjustments", 2),
 ];
+/// Beside the entities there are the values `_OTHER` and `_REFUSED`.
+const MOST_VALUES: usize = MOST_ENTITIES + 2;
+/// Series of one instrument that are not to be expected, such as that of a rare kind of error.
+const SPARE: usize = 20;
 
 /// Whatever the settings want; a signal that goes nowhere has no provider.
 #[derive(Debug, Default)]
@@ -216,8 +220,8 @@ fn meter(
 ) -> Result<Option<SdkMeterProvider>, InitError> {
     let signal = &settings.metrics;
     let wide = |instrument: &Instrument| {
-        let is_wide = WIDE.contains(&instrument.name());
-        is_wide.then(|| Stream::builder().with_cardinality_limit(MOST_SERIES).build().ok()).flatten()
+        let (_, series) = WIDE.iter().find(|(name, _)| *name == instrument.name())?;
+        Stream::builder().with_cardinality_limit(MOST_VALUES * series + SPARE).build().ok()
     };
     let mut builder = SdkMeterProvider::builder().with_resource(resource.clone()).with_view(wide);
     let interval = settings.metric_interval;

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use opentelemetry::metrics::{AsyncInstrument, Counter, Histogram, Meter, MeterProvider};
+use opentelemetry::metrics::{AsyncInstrument, Histogram, Meter, MeterProvider};
 use opentelemetry::{InstrumentationScope, KeyValue, global};
 
 use super::SCOPE;
@@ -14,10 +14,29 @@ use super::spans::seconds;
 ///
 /// You need it only if your meter provider is not the global one, or is set after the first connection is
 /// made: the default is made from the global provider at the first connection, or by `otlp::init()`. Make
-/// one and keep it: observable instruments cannot be taken back, so each one made adds a set of callbacks.
+/// one and keep it: observable instruments cannot be taken back, so each one made adds a set of callbacks,
+/// and two on one provider overwrite each other's values.
 ///
-/// An SDK keeps 2,000 series of an instrument unless a view says otherwise; with more than 400 entities give
-/// `fraiseql.stream.time`, which has five states, a larger cardinality limit, as `otlp::init()` does.
+/// # Entities
+///
+/// The attribute `entity`, in the `db.client` metrics `db.collection.name`, is the name that was given to
+/// [`Connection::query`](crate::Connection::query). The series of an entity begin when Postgres has accepted a
+/// query for it, and stay from then on. Two values stand for more than one name; spans have the real one:
+///
+/// - `_OTHER`: after 1,000 entities, all further ones.
+/// - `_REFUSED`: streams that never began, because the query was refused, or dropped before Postgres had
+///   accepted it. They are counted in `fraiseql.stream.ended` and the `db.client` metrics only.
+///
+/// `fraiseql.stream.ended` counts streams by `outcome`: `complete`, `dropped` or `failed`. A failed one has in
+/// `error.type` the [kind](crate::ErrorKind::as_str) of its error. Every series is exported from the start, at
+/// zero, so that `increase()` sees the first failure. The SQLSTATE is in `db.client.operation.duration`, as
+/// `error.type` and `db.response.status_code`, and on the span.
+///
+/// An SDK keeps 2,000 series of an instrument unless a view says otherwise. With more than 300 entities, give
+/// `fraiseql.stream.time` and `fraiseql.stream.ended`, which have five and more series for each, a larger
+/// cardinality limit, as `otlp::init()` does.
+///
+/// # Examples
 ///
 /// ```
 /// use fraiseql_stream::{Connection, Instruments};
@@ -36,7 +55,6 @@ pub(super) struct Inner {
     pub(super) utilization: Histogram<f64>,
     pub(super) chunk_size: Histogram<u64>,
     pub(super) time_to_first_row: Histogram<f64>,
-    pub(super) ended: Counter<u64>,
     pub(super) operation_duration: Histogram<f64>,
     pub(super) returned_rows: Histogram<u64>,
 }
@@ -51,6 +69,7 @@ impl Instruments {
         let registry = Arc::new(Registry::default());
         observe_times(&meter, &registry);
         observe_counts(&meter, &registry);
+        observe_ends(&meter, &registry);
         observe_levels(&meter, &registry);
         Self(Arc::new(Inner {
             registry,
@@ -58,11 +77,6 @@ impl Instruments {
             utilization: figures(&meter, &UTILIZATION),
             chunk_size: rows(&meter, &CHUNK_SIZE),
             time_to_first_row: figures(&meter, &TIME_TO_FIRST_ROW),
-            ended: meter
-                .u64_counter("fraiseql.stream.ended")
-                .with_unit("{stream}")
-                .with_description("Streams that ended, by outcome")
-                .build(),
             operation_duration: figures(&meter, &OPERATION_DURATION),
             returned_rows: rows(&meter, &RETURNED_ROWS),
         }))
@@ -150,7 +164,7 @@ fn figures(meter: &Meter, Bounded(about, bounds): &Bounded) -> Histogram<f64> {
     builder.with_description(about.description).with_boundaries(bounds.to_vec()).build()
 }
 
-/// The values of one entity, each with the attribute that tells it from its siblings.
+/// The values of one entity, each with the attribute that sets it apart.
 type Values = Vec<(Option<(&'static str, &'static str)>, u64)>;
 
 fn by(key: &'static str, names: &[&'static str], values: &[u64]) -> Values {
@@ -161,7 +175,9 @@ fn observe_times(meter: &Meter, registry: &Arc<Registry>) {
     let times = |name, description, values: fn(&Totals) -> Values| {
         let registry = Arc::clone(registry);
         let observe = move |instrument: &dyn AsyncInstrument<f64>| {
-            tell(&registry, values, |nanos, attributes| instrument.observe(seconds(nanos), attributes));
+            observe_all(&registry, values, |nanos, attributes| {
+                instrument.observe(seconds(nanos), attributes);
+            });
         };
         let builder = meter.f64_observable_counter(name).with_unit("s").with_description(description);
         builder.with_callback(observe).build();
@@ -185,7 +201,7 @@ fn observe_counts(meter: &Meter, registry: &Arc<Registry>) {
     let counts = |about: About, values: fn(&Totals) -> Values| {
         let registry = Arc::clone(registry);
         let observe = move |instrument: &dyn AsyncInstrument<u64>| {
-            tell(&registry, values, |value, attributes| instrument.observe(value, attributes));
+            observe_all(&registry, values, |value, attributes| instrument.observe(value, attributes));
         };
         let builder = meter.u64_observable_counter(about.name).with_unit(about.unit);
         builder.with_description(about.description).with_callback(observe).build();
@@ -198,6 +214,26 @@ fn observe_counts(meter: &Meter, registry: &Arc<Registry>) {
     counts(about("fraiseql.chunk.adjustments", "{adjustment}", "Changes of the chunk size"), |_| {
         by("direction", &["up", "down"], &[0, 0])
     });
+}
+
+fn observe_ends(meter: &Meter, registry: &Arc<Registry>) {
+    let registry = Arc::clone(registry);
+    let observe = move |instrument: &dyn AsyncInstrument<u64>| {
+        registry.ends(|entity, count| {
+            let error_type = count.error_type.map(|kind| KeyValue::new("error.type", kind));
+            let outcome = KeyValue::new("outcome", count.outcome);
+            let attributes: Vec<_> =
+                [Some(entity.clone()), error_type, Some(outcome)].into_iter().flatten().collect();
+            instrument.observe(count.streams, &attributes);
+        });
+    };
+    let builder = meter.u64_observable_counter("fraiseql.stream.ended").with_unit("{stream}");
+    builder
+        .with_description(
+            "Streams that ended, by outcome; failed ones by the kind of their error (the SQLSTATE is in db.client.operation.duration)",
+        )
+        .with_callback(observe)
+        .build();
 }
 
 fn observe_levels(meter: &Meter, registry: &Arc<Registry>) {
@@ -239,8 +275,12 @@ fn observe_levels(meter: &Meter, registry: &Arc<Registry>) {
         .build();
 }
 
-/// Tells the values of all entities, each with its attributes.
-fn tell(registry: &Registry, values: fn(&Totals) -> Values, mut observe: impl FnMut(u64, &[KeyValue])) {
+/// Gives an instrument the values of all entities, each with its attributes.
+fn observe_all(
+    registry: &Registry,
+    values: fn(&Totals) -> Values,
+    mut observe: impl FnMut(u64, &[KeyValue]),
+) {
     registry.totals(|entity, totals| {
         for (own, value) in values(totals) {
             let own = own.map(|(key, name)| KeyValue::new(key, name));

@@ -1,12 +1,19 @@
 //! What a stream tells OpenTelemetry and `tracing`. Written to by all stages, asks none of them anything.
 
+mod database;
+mod ends;
 mod instruments;
 mod recorder;
 mod registry;
 mod spans;
 
+pub(crate) use database::Database;
+#[cfg(feature = "otlp")]
+pub(crate) use ends::ENDS;
 pub use instruments::Instruments;
 pub(crate) use recorder::{Heartbeat, Recorder};
+#[cfg(feature = "otlp")]
+pub(crate) use registry::MOST_ENTITIES;
 pub use spans::PollSpans;
 #[cfg(feature = "otlp")]
 pub(crate) use spans::spans_are_open;

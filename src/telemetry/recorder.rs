@@ -1,9 +1,14 @@
 //! One stream's telemetry: what is recorded at its start, at each poll batch, and once at its end.
 
-use opentelemetry::KeyValue;
-use tracing::{debug, info};
+use std::sync::Arc;
 
-use super::registry::Live;
+use opentelemetry::KeyValue;
+use tokio_postgres::error::SqlState;
+use tracing::{debug, info, record_all};
+
+use super::database::Database;
+use super::ends::End;
+use super::registry::{Live, REFUSED};
 use super::spans::{Batch, BatchSpans, Query, QuerySpan, int, seconds};
 use super::{FIRST_ROW, Instruments, PollSpans, SCOPE};
 use crate::error::Error;
@@ -16,33 +21,50 @@ pub(crate) struct Recorder {
     stream: Observer,
     span: QuerySpan,
     batches: BatchSpans,
-    entity: KeyValue,
-    /// Attributes of the `db.client` metrics.
-    database: Vec<KeyValue>,
-    live: Option<Live>,
+    database: Arc<Database>,
+    /// That of the entity's name, if it has one.
+    schema: Option<String>,
+    state: State,
     first_row: bool,
 }
 
+#[derive(Debug)]
+enum State {
+    /// Postgres has not accepted the query yet; the entity may be anything.
+    Offered,
+    Accepted(Live),
+    Ended,
+}
+
 impl Recorder {
-    /// The stream begins: its query span opens below the caller's current span.
+    /// A query is about to be sent: its span opens below the caller's current span. In metrics, the stream
+    /// begins when it is [`accepted`](Self::accepted).
     pub(crate) fn start(
         instruments: &Instruments,
         stream: Observer,
-        query: &Query<'_>,
+        query: Query<'_>,
         spans: PollSpans,
     ) -> Self {
-        let entity = instruments.0.registry.entity(&stream.entity);
-        let span = QuerySpan::open(query);
+        let span = QuerySpan::open(&query);
         span.get().in_scope(|| debug!(target: SCOPE, entity = &*stream.entity, "stream started"));
         Self {
             instruments: instruments.clone(),
+            stream,
             batches: BatchSpans::new(spans, &span),
             span,
-            entity: entity.attribute.clone(),
-            database: database(query, &entity.attribute),
-            live: Some(Live::new(entity, stream.clone())),
-            stream,
+            database: Arc::clone(query.database),
+            schema: query.schema,
+            state: State::Offered,
             first_row: false,
+        }
+    }
+
+    /// Postgres has accepted the query, and its values fit: the series of its entity begin.
+    pub(crate) fn accepted(&mut self) {
+        if let State::Offered = self.state {
+            let registry = &self.instruments.0.registry;
+            let live = Live::new(registry, &self.stream, &self.database, self.schema.as_deref());
+            self.state = State::Accepted(live);
         }
     }
 
@@ -59,87 +81,90 @@ impl Recorder {
 
     /// The poll got a chunk.
     pub(crate) fn taken(&mut self, now: Nanos, batch: &Batch) {
+        // Only what was accepted has rows.
+        let State::Accepted(live) = &self.state else { return };
         let (instruments, gauge) = (&self.instruments.0, &self.stream.gauge);
-        let entity = std::slice::from_ref(&self.entity);
         let by_rows = batch.rows_before as f64 / gauge.row_limit as f64;
         let by_bytes = batch.bytes_before as f64 / gauge.byte_limit as f64;
-        instruments.occupancy.record(batch.rows_before as u64, entity);
-        instruments.utilization.record(by_rows.max(by_bytes), entity);
-        instruments.chunk_size.record(batch.rows as u64, entity);
+        instruments.occupancy.record(batch.rows_before as u64, live.attributes());
+        instruments.utilization.record(by_rows.max(by_bytes), live.attributes());
+        instruments.chunk_size.record(batch.rows as u64, live.attributes());
         if !self.first_row {
             self.first_row = true;
-            instruments.time_to_first_row.record(seconds(now), entity);
-            self.span.get().in_scope(|| debug!(target: FIRST_ROW, "first row"));
+            instruments.time_to_first_row.record(seconds(now), live.attributes());
+            debug!(target: FIRST_ROW, parent: &self.span.get(), "first row");
         }
         self.batches.taken(now, batch);
     }
 
-    /// The stream is over; only the first call counts. `None`: it was dropped before its end.
+    /// The stream is over; only the first call counts. `None`: it was dropped before its end. One that was never
+    /// accepted counts under `REFUSED`.
     pub(crate) fn ended(&mut self, end: Option<Result<(), &Error>>) {
-        // Folds the stream into its entity's totals.
-        if self.live.take().is_none() {
-            return;
-        }
-        let stats = self.stream.stats();
-        let (outcome, error) = match end {
-            None => ("dropped", None),
-            Some(Ok(())) => ("complete", None),
-            Some(Err(error)) => ("failed", Some(error)),
+        let end = match end {
+            None => End::Dropped,
+            Some(Ok(())) => End::Complete,
+            Some(Err(error)) => End::Failed(error),
         };
-        self.count_end(&stats, outcome, error);
+        let registry = &self.instruments.0.registry;
+        let database = match std::mem::replace(&mut self.state, State::Ended) {
+            State::Ended => return,
+            State::Accepted(live) => live.end(end),
+            State::Offered => {
+                registry.refused(end);
+                self.database.attributes(&REFUSED.into(), None)
+            }
+        };
+        let stats = self.stream.stats();
+        self.record_operation(&stats, end, database);
         self.batches.close(self.stream.gauge.ledger.read_decode());
-        self.end_span(&stats, outcome, error);
+        self.end_span(&stats, end);
         match end {
-            Some(_) => self.span.close(),
-            // The query is cancelled now, and its cancel told below the span.
-            None => self.span.linger(),
+            // The query is cancelled now, in a span below this one.
+            End::Dropped => self.span.linger(),
+            End::Complete | End::Failed(_) => self.span.close(),
         }
     }
 
-    fn count_end(&self, stats: &Stats, outcome: &'static str, error: Option<&Error>) {
+    fn record_operation(&self, stats: &Stats, end: End<'_>, mut attributes: Arc<[KeyValue]>) {
+        if let Some(error) = end.error() {
+            let error_type = KeyValue::new("error.type", error.type_name().to_owned());
+            let code = |code: &SqlState| KeyValue::new("db.response.status_code", code.code().to_owned());
+            let own = std::iter::once(error_type).chain(error.sqlstate().map(code));
+            attributes = attributes.iter().cloned().chain(own).collect();
+        }
         let instruments = &self.instruments.0;
-        let error_type = error.map(|error| KeyValue::new("error.type", error.type_name().to_owned()));
-        let attributes: Vec<_> = [self.entity.clone(), KeyValue::new("outcome", outcome)]
-            .into_iter()
-            .chain(error_type.clone())
-            .collect();
-        instruments.ended.add(1, &attributes);
-        let mut database = self.database.clone();
-        database.extend(error_type);
-        if let Some(code) = error.and_then(Error::sqlstate) {
-            database.push(KeyValue::new("db.response.status_code", code.code().to_owned()));
-        }
-        instruments.operation_duration.record(stats.elapsed.as_secs_f64(), &database);
-        instruments.returned_rows.record(stats.rows + stats.filtered + stats.failed, &database);
+        instruments.operation_duration.record(stats.elapsed.as_secs_f64(), &attributes);
+        instruments.returned_rows.record(stats.rows + stats.filtered + stats.failed, &attributes);
     }
 
-    fn end_span(&self, stats: &Stats, outcome: &str, error: Option<&Error>) {
-        let (span, shares, time) = (&self.span.get(), stats.shares(), &stats.time);
+    fn end_span(&self, stats: &Stats, end: End<'_>) {
+        let (span, shares, time) = (self.span.get(), stats.shares(), &stats.time);
         if span.is_disabled() {
             return;
         }
-        span.record("fraiseql.outcome", outcome);
-        span.record("fraiseql.verdict", stats.verdict().as_str());
-        span.record("fraiseql.share.backlog", shares.backlog);
-        span.record("fraiseql.share.source_wait", shares.source_wait);
-        span.record("fraiseql.share.scheduled", shares.scheduled);
-        span.record("fraiseql.share.overlap", shares.overlap);
-        span.record("fraiseql.rows", int(stats.rows));
-        span.record("fraiseql.bytes", int(stats.bytes));
-        span.record("fraiseql.time.source_wait", time.source_wait.as_secs_f64());
-        span.record("fraiseql.time.scheduled", time.scheduled.as_secs_f64());
-        span.record("fraiseql.time.decode", time.decode.as_secs_f64());
-        span.record("fraiseql.time.consumer", time.consumer.as_secs_f64());
-        span.record("fraiseql.time.paused", time.paused.as_secs_f64());
-        span.record("db.response.returned_rows", int(stats.rows + stats.filtered + stats.failed));
-        if let Some(error) = error {
-            span.record("error.type", error.type_name());
-            span.record("otel.status_code", "error");
-            span.record("otel.status_description", description(error, stats));
-            if let Some(code) = error.sqlstate() {
-                span.record("db.response.status_code", code.code());
-            }
-        }
+        let error = end.error();
+        // All at once: each recording finds the span anew.
+        record_all!(
+            span,
+            fraiseql.outcome = end.outcome(),
+            fraiseql.verdict = stats.verdict().as_str(),
+            fraiseql.share.backlog = shares.backlog,
+            fraiseql.share.source_wait = shares.source_wait,
+            fraiseql.share.scheduled = shares.scheduled,
+            fraiseql.share.overlap = shares.overlap,
+            fraiseql.rows = int(stats.rows),
+            fraiseql.bytes = int(stats.bytes),
+            fraiseql.time.source_wait = time.source_wait.as_secs_f64(),
+            fraiseql.time.scheduled = time.scheduled.as_secs_f64(),
+            fraiseql.time.decode = time.decode.as_secs_f64(),
+            fraiseql.time.consumer = time.consumer.as_secs_f64(),
+            fraiseql.time.paused = time.paused.as_secs_f64(),
+            db.response.returned_rows = int(stats.rows + stats.filtered + stats.failed),
+            db.response.status_code = error.and_then(Error::sqlstate).map(SqlState::code),
+            error.type = error.map(Error::type_name),
+            otel.status_code = error.map(|_| "error"),
+            otel.status_description = error.map(|error| description(error, stats)),
+        );
         // The exporting layer takes the last exit of a span as its end: here, before any clean-up.
         span.in_scope(|| ());
     }
@@ -158,23 +183,6 @@ impl Drop for Recorder {
     fn drop(&mut self) {
         self.ended(None);
     }
-}
-
-fn database(query: &Query<'_>, entity: &KeyValue) -> Vec<KeyValue> {
-    let mut attributes = vec![
-        KeyValue::new("db.system.name", "postgresql"),
-        // Not the entity's own name, but that of its series: bounded in number.
-        KeyValue::new("db.collection.name", entity.value.clone()),
-        KeyValue::new("db.operation.name", "SELECT"),
-        KeyValue::new("server.address", query.address.to_owned()),
-    ];
-    if let Some(namespace) = &query.namespace {
-        attributes.push(KeyValue::new("db.namespace", namespace.clone()));
-    }
-    if let Some(port) = query.port {
-        attributes.push(KeyValue::new("server.port", i64::from(port)));
-    }
-    attributes
 }
 
 /// Logs now and then how a stream is, with its trace id: its root span is exported only at its end, which may be

@@ -7,23 +7,33 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use opentelemetry::KeyValue;
 
+use super::database::Database;
+use super::ends::{Count, End, Ends};
 use crate::ledger::Consumer;
 use crate::stats::Observer;
 use crate::time::Nanos;
 
 /// Beyond so many, entities share the series of `OTHER`.
-const MOST_ENTITIES: usize = 1_000;
+pub(crate) const MOST_ENTITIES: usize = 1_000;
 const OTHER: &str = "_OTHER";
+/// Stands for the entity in the metrics of a stream that never began: Postgres or this library refused the
+/// query, or its future was dropped before Postgres had accepted it. Nothing vouches for such a name, which may
+/// be a guess of whoever calls the service, and a series that has begun never ends. Spans have the real name.
+pub(super) const REFUSED: &str = "_REFUSED";
+/// An entity keeps the attributes of this many databases, so that they are not made for every stream.
+const MOST_DATABASES: usize = 8;
 
 pub(super) const STATES: [&str; 5] = ["source_wait", "scheduled", "decode", "consumer", "paused"];
 const DECODE: usize = 2;
 const CONSUMER: usize = 3;
 pub(super) const OUTCOMES: [&str; 3] = ["yielded", "filtered", "failed"];
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Registry {
     entities: Mutex<HashMap<Arc<str>, Arc<Entity>>>,
-    full: AtomicBool,
+    /// Of the streams that Postgres has not accepted.
+    refused: Ends,
+    overflow_is_logged: AtomicBool,
 }
 
 /// One value of the attribute `entity`.
@@ -31,6 +41,16 @@ pub(super) struct Registry {
 pub(super) struct Entity {
     pub(super) attribute: KeyValue,
     streams: Mutex<Streams>,
+    ends: Ends,
+    /// The databases that it was streamed from last.
+    databases: Mutex<Vec<Known>>,
+}
+
+/// A database, with the attributes that the entity's `db.client` metrics have there.
+#[derive(Debug)]
+struct Known {
+    database: Arc<Database>,
+    attributes: Arc<[KeyValue]>,
 }
 
 #[derive(Debug, Default)]
@@ -38,8 +58,8 @@ struct Streams {
     live: Vec<Tracked>,
     /// Of the streams that have ended.
     ended: Totals,
-    /// What was told last.
-    told: [Nanos; 5],
+    /// The times that were observed last.
+    observed: [Nanos; 5],
 }
 
 #[derive(Debug)]
@@ -106,41 +126,61 @@ impl Totals {
     }
 }
 
+impl Default for Registry {
+    fn default() -> Self {
+        Self {
+            entities: Mutex::default(),
+            refused: Ends::of_refusals(),
+            overflow_is_logged: AtomicBool::new(false),
+        }
+    }
+}
+
 impl Registry {
-    /// The series of an entity; an entity once seen stays, so that no series vanishes.
+    /// The series of an entity that Postgres has accepted. They begin here and stay, so that none vanishes.
     pub(super) fn entity(&self, name: &Arc<str>) -> Arc<Entity> {
         let mut entities = lock(&self.entities);
         if let Some(entity) = entities.get(name) {
             return Arc::clone(entity);
         }
-        let name = if entities.len() < MOST_ENTITIES { Arc::clone(name) } else { self.overflow() };
-        let entity = || {
-            Arc::new(Entity {
-                attribute: KeyValue::new("entity", Arc::clone(&name)),
-                streams: Mutex::default(),
-            })
-        };
-        Arc::clone(entities.entry(Arc::clone(&name)).or_insert_with(entity))
-    }
-
-    fn overflow(&self) -> Arc<str> {
-        if !self.full.swap(true, Ordering::Relaxed) {
+        let is_full = entities.len() >= MOST_ENTITIES;
+        // A relation may have the reserved name.
+        let name = if is_full || **name == *REFUSED { Arc::from(OTHER) } else { Arc::clone(name) };
+        let entity = entities.entry(name).or_insert_with_key(|name| Arc::new(Entity::new(name)));
+        let entity = Arc::clone(entity);
+        drop(entities);
+        if is_full && !self.overflow_is_logged.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 "more than {MOST_ENTITIES} entities are streamed: in metrics, further ones count as entity={OTHER:?}"
             );
         }
-        Arc::from(OTHER)
+        entity
     }
 
-    pub(super) fn totals(&self, mut tell: impl FnMut(&KeyValue, &Totals)) {
+    /// A stream has ended that Postgres has not accepted.
+    pub(super) fn refused(&self, end: End<'_>) {
+        self.refused.count(end);
+    }
+
+    pub(super) fn totals(&self, mut observe: impl FnMut(&KeyValue, &Totals)) {
         for entity in self.all() {
-            tell(&entity.attribute, &entity.totals());
+            observe(&entity.attribute, &entity.totals());
         }
     }
 
-    pub(super) fn levels(&self, mut tell: impl FnMut(&KeyValue, &Levels)) {
+    pub(super) fn levels(&self, mut observe: impl FnMut(&KeyValue, &Levels)) {
         for entity in self.all() {
-            tell(&entity.attribute, &entity.levels());
+            observe(&entity.attribute, &entity.levels());
+        }
+    }
+
+    pub(super) fn ends(&self, mut observe: impl FnMut(&KeyValue, &Count)) {
+        let mut observe_all = |entity: &KeyValue, ends: &Ends| {
+            ends.counts().iter().for_each(|count| observe(entity, count));
+        };
+        observe_all(&KeyValue::new("entity", REFUSED), &self.refused);
+        for entity in self.all() {
+            observe_all(&entity.attribute, &entity.ends);
         }
     }
 
@@ -151,14 +191,40 @@ impl Registry {
 }
 
 impl Entity {
+    fn new(name: &Arc<str>) -> Self {
+        Self {
+            attribute: KeyValue::new("entity", Arc::clone(name)),
+            streams: Mutex::default(),
+            ends: Ends::of_streams(),
+            databases: Mutex::default(),
+        }
+    }
+
+    /// The attributes of its `db.client` metrics; `schema` is that of the stream's own entity.
+    fn attributes(&self, database: &Arc<Database>, schema: Option<&str>) -> Arc<[KeyValue]> {
+        let mut databases = lock(&self.databases);
+        if let Some(known) = databases.iter().find(|known| known.database == *database) {
+            return Arc::clone(&known.attributes);
+        }
+        let entity = &self.attribute.value;
+        // A value that many names share must not be multiplied by their schemas.
+        let schema = schema.filter(|_| entity.as_str() != OTHER);
+        let attributes = database.attributes(entity, schema);
+        if databases.len() == MOST_DATABASES {
+            databases.remove(0);
+        }
+        databases.push(Known { database: Arc::clone(database), attributes: Arc::clone(&attributes) });
+        attributes
+    }
+
     fn totals(&self) -> Totals {
         let mut streams = lock(&self.streams);
         let mut sum = streams.ended;
         for tracked in &streams.live {
             sum.add(&Totals::of(&tracked.stream));
         }
-        sum.time = onwards(&streams.told, sum.time);
-        streams.told = sum.time;
+        sum.time = onwards(&streams.observed, sum.time);
+        streams.observed = sum.time;
         sum
     }
 
@@ -177,12 +243,12 @@ impl Entity {
     }
 }
 
-/// The times of `STATES` now, none of them below what was told before: decoding is sampled, and a sample moves
+/// The times of `STATES` now, none of them below what was observed before: decoding is sampled, and a sample moves
 /// moments from `consumer` to `decode`. Their sum, the time in which rows were held, is exact all the same.
-fn onwards(told: &[Nanos; 5], now: [Nanos; 5]) -> [Nanos; 5] {
-    let mut times: [Nanos; 5] = std::array::from_fn(|state| now[state].max(told[state]));
-    let held = (now[DECODE] + now[CONSUMER]).max(told[DECODE] + told[CONSUMER]);
-    times[DECODE] = now[DECODE].clamp(told[DECODE], held - told[CONSUMER]);
+fn onwards(before: &[Nanos; 5], now: [Nanos; 5]) -> [Nanos; 5] {
+    let mut times: [Nanos; 5] = std::array::from_fn(|state| now[state].max(before[state]));
+    let held = (now[DECODE] + now[CONSUMER]).max(before[DECODE] + before[CONSUMER]);
+    times[DECODE] = now[DECODE].clamp(before[DECODE], held - before[CONSUMER]);
     times[CONSUMER] = held - times[DECODE];
     times
 }
@@ -200,26 +266,42 @@ impl Tracked {
     }
 }
 
-/// A stream's membership among the live ones; dropped, it is folded into the entity's totals.
+/// A stream's membership among the live ones.
 #[derive(Debug)]
 pub(super) struct Live {
     entity: Arc<Entity>,
     stream: Observer,
+    /// The attributes of its `db.client` metrics.
+    database: Arc<[KeyValue]>,
 }
 
 impl Live {
-    pub(super) fn new(entity: Arc<Entity>, stream: Observer) -> Self {
-        let tracked = Tracked { stream: stream.clone(), seen: (0, 0) };
-        lock(&entity.streams).live.push(tracked);
-        Self { entity, stream }
+    /// `schema` is that of the stream's own entity, if its name has one.
+    pub(super) fn new(
+        registry: &Registry,
+        stream: &Observer,
+        database: &Arc<Database>,
+        schema: Option<&str>,
+    ) -> Self {
+        let entity = registry.entity(&stream.entity);
+        lock(&entity.streams).live.push(Tracked { stream: stream.clone(), seen: (0, 0) });
+        let database = entity.attributes(database, schema);
+        Self { entity, stream: stream.clone(), database }
     }
-}
 
-impl Drop for Live {
-    fn drop(&mut self) {
+    /// The attributes of its metrics: one, in a slice.
+    pub(super) fn attributes(&self) -> &[KeyValue] {
+        std::slice::from_ref(&self.entity.attribute)
+    }
+
+    /// Folds the stream into its entity's totals; gives the attributes of its `db.client` metrics.
+    pub(super) fn end(self, end: End<'_>) -> Arc<[KeyValue]> {
         let mut streams = lock(&self.entity.streams);
         streams.live.retain(|tracked| !Arc::ptr_eq(&tracked.stream.gauge, &self.stream.gauge));
         streams.ended.add(&Totals::of(&self.stream));
+        drop(streams);
+        self.entity.ends.count(end);
+        self.database
     }
 }
 
@@ -229,7 +311,47 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use std::borrow::Cow;
+
     use super::*;
+
+    fn database(address: &str) -> Arc<Database> {
+        Arc::new(Database::new(address.to_owned(), 5432, Some("shop"), Some("public")))
+    }
+
+    fn attribute<'a>(attributes: &'a [KeyValue], key: &str) -> Option<Cow<'a, str>> {
+        attributes.iter().find(|pair| pair.key.as_str() == key).map(|pair| pair.value.as_str())
+    }
+
+    #[test]
+    fn a_relation_with_the_reserved_name_counts_as_other() {
+        let entity = Registry::default().entity(&Arc::from(REFUSED));
+        assert_eq!(entity.attribute.value.as_str(), OTHER);
+    }
+
+    #[test]
+    fn the_schema_of_a_name_is_in_the_namespace_of_its_own_series_only() {
+        let (registry, database) = (Registry::default(), database("one"));
+        let namespace = |name: &str| {
+            let attributes = registry.entity(&Arc::from(name)).attributes(&database, Some("sales"));
+            attribute(&attributes, "db.namespace").map(Cow::into_owned)
+        };
+        assert_eq!(namespace("sales.orders").as_deref(), Some("shop|sales"));
+        assert_eq!(namespace(OTHER).as_deref(), Some("shop|public"));
+    }
+
+    #[test]
+    fn an_entity_of_many_databases_keeps_the_attributes_of_few_and_finds_all() {
+        let entity = Entity::new(&Arc::from("orders"));
+        let databases: Vec<_> = (0..3 * MOST_DATABASES).map(|number| database(&number.to_string())).collect();
+        for database in databases.iter().chain(&databases) {
+            let attributes = entity.attributes(database, None);
+            assert_eq!(attribute(&attributes, "server.address").as_deref(), Some(&*database.address));
+        }
+        assert_eq!(lock(&entity.databases).len(), MOST_DATABASES);
+        let again = || entity.attributes(&databases[databases.len() - 1], None);
+        assert!(Arc::ptr_eq(&again(), &again()), "they are made once");
+    }
 
     #[test]
     fn a_late_sample_of_decoding_takes_nothing_back_and_changes_no_sum() {

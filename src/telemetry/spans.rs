@@ -4,9 +4,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tracing::field::Empty;
-use tracing::{Span, info_span};
+use tracing::{Span, info_span, record_all};
 
 use super::SCOPE;
+use super::database::Database;
 use crate::time::Nanos;
 
 /// How many spans poll batches get.
@@ -52,10 +53,9 @@ const STAMP: Nanos = 200_000;
 pub(crate) struct Query<'a> {
     pub(crate) entity: &'a str,
     pub(crate) summary: &'a str,
-    pub(crate) namespace: Option<String>,
-    pub(crate) address: &'a str,
-    /// Where it is not 5432.
-    pub(crate) port: Option<u16>,
+    /// That of the entity's name, if it has one.
+    pub(crate) schema: Option<String>,
+    pub(crate) database: &'a Arc<Database>,
     /// Only on request.
     pub(crate) text: Option<&'a str>,
 }
@@ -119,6 +119,7 @@ pub(crate) fn spans_are_open() -> bool {
 
 /// A CLIENT span after the database conventions, below the caller's current span.
 fn query_span(query: &Query<'_>) -> Span {
+    let database = query.database;
     info_span!(
         target: SCOPE,
         "query",
@@ -127,15 +128,15 @@ fn query_span(query: &Query<'_>) -> Span {
         otel.status_code = Empty,
         otel.status_description = Empty,
         db.system.name = "postgresql",
-        db.namespace = query.namespace.as_deref(),
+        db.namespace = database.namespace(query.schema.as_deref()).as_deref(),
         db.collection.name = query.entity,
         db.operation.name = "SELECT",
         db.query.summary = query.summary,
         db.query.text = query.text,
         db.response.status_code = Empty,
         db.response.returned_rows = Empty,
-        server.address = query.address,
-        server.port = query.port.map(i64::from),
+        server.address = database.address,
+        server.port = database.port.map(i64::from),
         error.type = Empty,
         fraiseql.outcome = Empty,
         fraiseql.verdict = Empty,
@@ -294,13 +295,16 @@ impl BatchSpans {
         let Some(Open { span, sums, decoded: before, .. }) = self.open.take() else {
             return;
         };
-        span.record("fraiseql.batches", int(sums.batches));
-        span.record("fraiseql.rows", int(sums.rows as u64));
-        span.record("fraiseql.bytes", int(sums.bytes as u64));
-        span.record("fraiseql.occupancy.before", int(sums.rows_before as u64));
-        span.record("fraiseql.occupancy.after", int(sums.rows_after as u64));
-        span.record("fraiseql.time.wait", seconds(sums.wait));
-        span.record("fraiseql.time.decode", seconds(decoded.saturating_sub(before)));
+        record_all!(
+            span,
+            fraiseql.batches = int(sums.batches),
+            fraiseql.rows = int(sums.rows as u64),
+            fraiseql.bytes = int(sums.bytes as u64),
+            fraiseql.occupancy.before = int(sums.rows_before as u64),
+            fraiseql.occupancy.after = int(sums.rows_after as u64),
+            fraiseql.time.wait = seconds(sums.wait),
+            fraiseql.time.decode = seconds(decoded.saturating_sub(before)),
+        );
         self.made += 1;
         if let PollSpans::Budget(budget) = self.mode
             && self.made.is_multiple_of(budget.max(1))

@@ -1,20 +1,23 @@
-//! Entities by the thousand: the series stay within bounds.
+//! Entities by the thousand, and names that are none: the series stay within bounds.
 
 use std::collections::BTreeSet;
 
-use backends::Collector;
+use backends::{Collector, Metric};
 use fraiseql_stream::{Connection, PollSpans, RawJson, otlp};
 use futures_util::StreamExt;
+use serde_json::Value;
 
-use crate::received::Received;
+use crate::received::{Received, text};
 use crate::scenario::{self, Result, Scenario};
-use crate::servers::database;
+use crate::servers::{Database, database, table};
 
 const ENTITIES: usize = 1_010;
 /// Where the series of new entities end.
 const MOST: usize = 1_000;
+/// Of names that Postgres refuses.
+const GUESSES: usize = 1_100;
 
-/// Reads a row of each.
+/// Reads a row of each. Those beyond `MOST` have schemas of their own.
 #[test]
 #[ignore = "a scenario"]
 fn more_than_a_thousand() -> Result {
@@ -22,18 +25,37 @@ fn more_than_a_thousand() -> Result {
         let telemetry = otlp::init()?;
         let mut db = Connection::builder(&scenario::url()).poll_spans(PollSpans::Off).connect().await?;
         for number in 1..=ENTITIES {
-            let mut rows = db.query::<RawJson>(&format!("entity_{number}")).stream().await?;
+            let schema = if number > MOST { format!("schema_{number}.") } else { String::new() };
+            let mut rows = db.query::<RawJson>(&format!("{schema}entity_{number}")).stream().await?;
             rows.next().await.ok_or("no row")??;
         }
         Ok(telemetry.shutdown().await?)
     })
 }
 
+/// The values of `entity` that a metric has. An overflow of the SDK would have none.
+fn entities(metric: &Metric) -> BTreeSet<&str> {
+    let key = if metric.name.starts_with("db.") { "db.collection.name" } else { "entity" };
+    let values = metric.points.iter().map(|point| point.attributes.get(key).and_then(Value::as_str));
+    values.map(|value| value.unwrap_or_else(|| panic!("{} has a point without {key}", metric.name))).collect()
+}
+
+/// The values of `db.namespace` beside an entity.
+fn namespaces<'a>(received: &'a Received, entity: &str) -> BTreeSet<&'a str> {
+    let metric = received.metric("db.client.operation.duration");
+    let points = metric.points.iter().filter(|point| point.attributes["db.collection.name"] == entity);
+    points.filter_map(|point| point.attributes["db.namespace"].as_str()).collect()
+}
+
 #[test]
 fn beyond_a_thousand_entities_new_ones_share_their_series_and_one_line_says_so() {
     let database = database(&format!(
-        "DO $$ BEGIN FOR i IN 1..{ENTITIES} LOOP
-           EXECUTE format('CREATE VIEW entity_%s AS SELECT jsonb_build_object(''id'', 1) AS data', i);
+        "DO $$ DECLARE schema text := ''; BEGIN FOR i IN 1..{ENTITIES} LOOP
+           IF i > {MOST} THEN
+             schema := format('schema_%s.', i);
+             EXECUTE format('CREATE SCHEMA schema_%s', i);
+           END IF;
+           EXECUTE format('CREATE VIEW %sentity_%s AS SELECT jsonb_build_object(''id'', 1) AS data', schema, i);
          END LOOP; END $$"
     ));
     let collector = Collector::start().unwrap();
@@ -47,12 +69,59 @@ fn beyond_a_thousand_entities_new_ones_share_their_series_and_one_line_says_so()
     let rows = [("entity", "_OTHER"), ("outcome", "yielded")];
     assert_eq!(received.value("fraiseql.stream.rows", &rows), (ENTITIES - MOST) as f64);
     for metric in &received.metrics {
-        let key = if metric.name.starts_with("db.") { "db.collection.name" } else { "entity" };
-        // An overflow of the SDK has no such attribute.
-        let entities: BTreeSet<_> =
-            metric.points.iter().filter_map(|point| point.attributes.get(key)?.as_str()).collect();
-        assert!(metric.points.iter().all(|point| point.attributes.contains_key(key)), "{}", metric.name);
+        let mut entities = entities(metric);
+        // It has a series from the start.
+        entities.remove("_REFUSED");
         assert_eq!(entities.len(), MOST + 1, "{}", metric.name);
         assert!(entities.contains("_OTHER"), "{}", metric.name);
     }
+    assert_eq!(namespaces(&received, "_OTHER"), namespaces(&received, "entity_1"));
+}
+
+/// Is asked for names that are none, as a service is by a scanner, and then for a table of its own.
+#[test]
+#[ignore = "a scenario"]
+fn guesses() -> Result {
+    scenario::play(async {
+        let telemetry = otlp::init()?;
+        let mut db = Connection::connect(&scenario::url()).await?;
+        for number in 1..=std::env::var("GUESSES")?.parse()? {
+            let name = format!("guess_{number}.orders");
+            assert!(db.query::<RawJson>(&name).stream().await.is_err());
+        }
+        let mut orders = db.query::<RawJson>("orders").stream().await?;
+        while orders.next().await.is_some() {}
+        Ok(telemetry.shutdown().await?)
+    })
+}
+
+fn after_guesses(database: &Database, guesses: usize) -> Received {
+    let collector = Collector::start().expect("a collector");
+    let scenario = Scenario::new("entities::guesses", database).to(&collector, "http/protobuf");
+    let outcome = scenario.set("GUESSES", &guesses.to_string()).run();
+    assert_eq!(outcome.stderr, "");
+    Received::by(&collector)
+}
+
+#[test]
+fn names_that_are_refused_make_no_series_and_push_no_entity_out() {
+    let database = database(&table("orders", 10));
+    let [few, many] = [1, GUESSES].map(|guesses| after_guesses(&database, guesses));
+    let series = |received: &Received| {
+        let of_each = received.metrics.iter().map(|metric| (metric.name.clone(), metric.points.len()));
+        of_each.collect::<BTreeSet<_>>()
+    };
+    assert_eq!(series(&few), series(&many));
+    for metric in &many.metrics {
+        let may_be_refused = metric.name.starts_with("db.") || metric.name == "fraiseql.stream.ended";
+        let expected = if may_be_refused { vec!["_REFUSED", "orders"] } else { vec!["orders"] };
+        assert_eq!(entities(metric), BTreeSet::from_iter(expected), "{}", metric.name);
+    }
+    let refused = [("entity", "_REFUSED"), ("outcome", "failed"), ("error.type", "query")];
+    assert_eq!(many.value("fraiseql.stream.ended", &refused), GUESSES as f64);
+    let operations = [("db.collection.name", "_REFUSED"), ("db.response.status_code", "42P01")];
+    assert_eq!(many.point("db.client.operation.duration", &operations).count, GUESSES as u64);
+    assert_eq!(namespaces(&many, "_REFUSED"), namespaces(&many, "orders"));
+    let span = many.query("guess_1.orders");
+    assert_eq!(text(span, "db.namespace"), format!("{}|guess_1", database.name));
 }

@@ -8,6 +8,7 @@
 
 mod batches;
 mod catalogue;
+mod ends;
 mod entities;
 mod environment;
 mod guard;
