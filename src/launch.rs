@@ -121,7 +121,7 @@ const IN_TASK: u8 = 2;
 
 impl Handover {
     /// Goes on in a task: with timers and sockets at hand, and whether or not the consumer polls.
-    pub(crate) async fn into_task(&self) {
+    pub(crate) async fn ensure_task(&self) {
         std::future::poll_fn(|_| {
             let wants = self.0.compare_exchange(BY_POLLS, WANTS_TASK, Ordering::Relaxed, Ordering::Relaxed);
             if wants == Err(IN_TASK) { Poll::Ready(()) } else { Poll::Pending }

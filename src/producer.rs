@@ -37,7 +37,7 @@ pub(crate) async fn run(
             Ok(false) => {
                 if !handover.is_done() {
                     sender.leave();
-                    handover.into_task().await;
+                    handover.ensure_task().await;
                 }
             }
             Ok(true) => return Ok(Ok(())),

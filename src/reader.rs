@@ -25,10 +25,7 @@ pub(crate) struct Reader<T: FromJson> {
     sampler: Sampler,
     pub(crate) observer: Observer,
     recorder: Recorder,
-    /// Until the stream ends.
-    launch: Option<Launch>,
-    /// Rows are produced by this reader's own polls.
-    is_inline: bool,
+    producing: Producing,
     unseen_failure: Arc<AtomicBool>,
     /// An error behind the rows that `next_chunk` gave out.
     held: Option<Error>,
@@ -37,6 +34,18 @@ pub(crate) struct Reader<T: FromJson> {
     /// It found the channel empty.
     waited: bool,
     paused: bool,
+}
+
+/// Where rows are produced.
+enum Producing {
+    /// In this reader's own polls.
+    ByPolls(Launch),
+    InTask {
+        /// Keeps the heartbeat going.
+        _launch: Launch,
+    },
+    /// Nowhere any more.
+    Over,
 }
 
 /// What a query hands over to its stream.
@@ -59,8 +68,7 @@ impl<T: FromJson> Reader<T> {
             sampler: Sampler::default(),
             observer: parts.observer,
             recorder: parts.recorder,
-            launch: Some(parts.launch),
-            is_inline: true,
+            producing: Producing::ByPolls(parts.launch),
             unseen_failure: parts.unseen_failure,
             held: None,
             polled: None,
@@ -165,12 +173,12 @@ impl<T: FromJson> Reader<T> {
         self.receiver.close();
         self.recorder.ended(is_complete.then_some(Ok(())));
         self.ended = true;
-        self.launch = None;
+        self.producing = Producing::Over;
     }
 
     fn poll_take(&mut self, cx: &mut Context<'_>) -> Poll<Taken> {
         let polled = self.polling();
-        if self.is_inline {
+        if matches!(self.producing, Producing::ByPolls(_)) {
             self.produce(cx);
         }
         let taken = self.receiver.poll_take(cx, polled);
@@ -185,16 +193,22 @@ impl<T: FromJson> Reader<T> {
             // Who produces rows must not be woken by them.
             self.receiver.forget_waker();
         }
-        self.is_inline = self.launch.as_ref().is_some_and(|launch| launch.poll(cx));
+        if let Producing::ByPolls(launch) = &self.producing
+            && !launch.poll(cx)
+        {
+            self.leave_to_task();
+        }
     }
 
     /// From here on rows are produced whether or not this stream is polled.
     fn leave_to_task(&mut self) {
-        if std::mem::take(&mut self.is_inline)
-            && let Some(launch) = &self.launch
-        {
-            launch.hand_over();
-        }
+        self.producing = match std::mem::replace(&mut self.producing, Producing::Over) {
+            Producing::ByPolls(launch) => {
+                launch.hand_over();
+                Producing::InTask { _launch: launch }
+            }
+            other => other,
+        };
     }
 
     /// A poll begins that the chunk in hand cannot serve, unless one goes on already.
@@ -223,7 +237,7 @@ impl<T: FromJson> Reader<T> {
             Taken::Lost => Err(Error::lost()),
         };
         self.ended = true;
-        self.launch = None;
+        self.producing = Producing::Over;
         let end =
             end.map_err(|error| error.of_entity(&self.observer.entity).with_stats(self.observer.stats()));
         self.recorder.ended(Some(end.as_ref().copied()));

@@ -293,7 +293,9 @@ impl Watchdog {
             .filter(|(_, chore)| chore.strong_count() > 0)
             .partition(|(due, _)| *due <= now);
         self.next_chore.store(NEVER, Ordering::Relaxed);
-        later.into_iter().for_each(|(due, chore)| self.push_chore(due, chore));
+        for (due, chore) in later {
+            self.push_chore(due, chore);
+        }
         for (_, chore) in due {
             if let Some(after) = chore.upgrade().and_then(|chore| chore.run()) {
                 let after = u64::try_from(after.as_nanos()).unwrap_or(NEVER);

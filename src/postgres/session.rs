@@ -297,7 +297,7 @@ impl Lease {
     /// Reads what is left of a query that Postgres has ended, up to `ReadyForQuery`.
     pub(crate) async fn finish(&self, rows: RawRows) {
         if !rows.is_done() {
-            self.handover.into_task().await;
+            self.handover.ensure_task().await;
             if timeout(CLEAN_UP, to_end(rows)).await.is_err() {
                 self.session.discard();
             }
@@ -308,7 +308,7 @@ impl Lease {
     /// Adds to an error that ended the connection whether the server is still there.
     pub(crate) async fn explain(&self, error: Error) -> Error {
         if error.kind() == ErrorKind::Disconnected {
-            self.handover.into_task().await;
+            self.handover.ensure_task().await;
         }
         self.session.explain(error).await
     }
@@ -340,7 +340,7 @@ impl Lease {
     /// Asks Postgres to cancel until `end`, the end of what runs, has come; closes the connection if it does not
     /// come. Once is not enough: a backend that has not begun the query yet passes over the signal.
     async fn cancel_until(&self, end: impl Future<Output = ()>) {
-        self.handover.into_task().await;
+        self.handover.ensure_task().await;
         let session = &self.session;
         session.unseen_failure.store(true, Ordering::Relaxed);
         let span = tracing::info_span!(
