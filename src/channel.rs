@@ -371,7 +371,7 @@ mod tests {
     const LIMITS: Limits = Limits { rows: 4, bytes: 100, chunk_rows: 2, chunk_bytes: 50 };
 
     fn channel() -> (Sender, Receiver) {
-        bounded(LIMITS, Clock::start(), Arc::new(Watchdog::new(Clock::start(), true)))
+        bounded(LIMITS, Clock::start(), Arc::new(Watchdog::new(Clock::start(), false)))
     }
 
     fn rows(count: usize, bytes: usize) -> Chunk {
@@ -487,7 +487,7 @@ mod tests {
     /// Runs `script` with a clock moved by hand and gives what the ledger holds then, in milliseconds.
     fn ledger(script: impl FnOnce(&dyn Fn(Nanos), &mut Sender, &mut Receiver)) -> ([Nanos; 5], [Nanos; 2]) {
         let (clock, hand) = manual();
-        let watchdog = Arc::new(Watchdog::new(clock.clone(), true));
+        let watchdog = Arc::new(Watchdog::new(clock.clone(), false));
         let (mut sender, mut receiver) = bounded(LIMITS, clock, watchdog);
         let at = |ms: Nanos| hand.store(ms * 1_000_000, Ordering::Relaxed);
         script(&at, &mut sender, &mut receiver);

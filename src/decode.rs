@@ -362,7 +362,7 @@ mod tests {
         let gauge = Arc::new(Gauge::new(
             256,
             1 << 20,
-            Ledger::new(clock.clone(), Arc::new(Watchdog::new(clock, true))),
+            Ledger::new(clock.clone(), Arc::new(Watchdog::new(clock, false))),
         ));
         let stream = Observer { entity: "t".into(), gauge, progress: Arc::default() };
         let (mut sampler, mut in_hand) = (Sampler::default(), InHand::<Slow>::default());

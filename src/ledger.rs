@@ -5,8 +5,9 @@
 //! reads, up to the moment of reading.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
+use crate::evidence::{AT_ONCE, Evidence, Whose};
 use crate::partition::{OVER, Partition, Sums, Window, add};
 use crate::time::{Clock, Nanos};
 use crate::watchdog::Watchdog;
@@ -33,66 +34,20 @@ pub(crate) enum Producer {
 }
 
 const STATES: usize = 5;
-/// A consumer that comes for rows within this time takes them at once: that is how long a runtime that is well
-/// may take to run a task that is ready.
-const AT_ONCE: Nanos = 500_000;
-const NEVER: Nanos = Nanos::MAX;
-
-/// How much evidence makes up the near past.
-const RECENT: Nanos = 500_000_000;
-
-/// What is known of a wait for rows.
-#[derive(Clone, Copy, Debug, Default)]
-struct Wait {
-    /// The consumer's task, or others before it in the run queue, kept the thread.
-    own: Nanos,
-    /// The runtime was late.
-    late: Nanos,
-    /// The consumer kept the producer from running.
-    kept: Nanos,
-}
-
 /// The time of one stream. Transitions are made by one writer at a time (the channel's lock sees to that);
 /// readers take no lock and see a consistent state by its version.
 ///
-/// # Who is late when rows wait for a consumer that waits for rows?
-///
-/// The runtime, as far as the [`Watchdog`] has evidence for it; else the consumer, whose task does something
-/// else. The consumer may be the very one that keeps the runtime's thread, so evidence counts only from when its
-/// task was seen to have let go of the thread:
-///
-/// - once the runtime is suspect, a poll that finds nothing asks the watchdog for a turn. Until that turn comes,
-///   the consumer's task may still be running: the time is its own, unless others were seen to keep the thread for
-///   long, too.
-/// - a poll that finds nothing again, while a turn of the watchdog is overdue, comes from a task that was running
-///   meanwhile: the time is its own.
-///
-/// - a producer that was woken as this consumer made room for it stands in the run queue just behind the consumer.
-///   While it has not come although the runtime is not late, the consumer keeps it from running: backlog.
-///
-/// The order of turns proves something only where one thread runs all tasks. Where there are more, a consumer that
-/// keeps one of them does not make the watchdog late.
-///
-/// While its own task keeps the only thread, nobody can read rows for the consumer, and the channel looks empty.
+/// While the consumer's own task keeps the only thread, nobody can read rows for it, and the channel looks empty.
 /// If rows come at once when it lets go, they had been there: that time was backlog.
 #[derive(Debug)]
 pub(crate) struct Ledger {
     clock: Clock,
-    watchdog: Arc<Watchdog>,
-    /// The age of the watchdog when the stream began.
-    offset: Nanos,
+    evidence: Evidence,
     version: AtomicU64,
     consumer: Partition<STATES>,
     producer: Partition<2>,
-    /// When the wait that goes on asked for a turn of the watchdog; `NEVER` if it did not.
-    asked_in_wait: AtomicU64,
-    /// Whether rows that came asked for one.
-    asked_by_rows: AtomicBool,
-    /// In the near past: how long the consumer may have kept the thread, and how long others surely did.
-    kept_by_me: AtomicU64,
-    kept_by_others: AtomicU64,
-    /// Since when the producer waits to run, because the consumer made room for it; `NEVER` if it does not.
-    producer_woken: AtomicU64,
+    /// When rows were last taken.
+    taken: AtomicU64,
     /// Time in `Overlap` that is backlog if rows come soon after `suspect_until`.
     suspect: AtomicU64,
     suspect_until: AtomicU64,
@@ -118,18 +73,13 @@ impl Times {
 impl Ledger {
     pub(crate) fn new(clock: Clock, watchdog: Arc<Watchdog>) -> Self {
         Self {
-            offset: clock.since(watchdog.clock()),
+            evidence: Evidence::new(&clock, watchdog),
             clock,
-            watchdog,
             version: AtomicU64::new(0),
             // Until the first poll the rows are awaited by no one: the caller is busy elsewhere.
             consumer: Partition::new(Consumer::Overlap as usize),
             producer: Partition::new(Producer::Source as usize),
-            asked_in_wait: AtomicU64::new(NEVER),
-            asked_by_rows: AtomicBool::new(false),
-            kept_by_me: AtomicU64::new(0),
-            kept_by_others: AtomicU64::new(0),
-            producer_woken: AtomicU64::new(NEVER),
+            taken: AtomicU64::new(0),
             suspect: AtomicU64::new(0),
             suspect_until: AtomicU64::new(0),
             decode: AtomicU64::new(0),
@@ -141,8 +91,8 @@ impl Ledger {
         self.clock.now()
     }
 
-    pub(crate) fn watchdog(&self) -> &Arc<Watchdog> {
-        &self.watchdog
+    pub(crate) fn watchdog(&self) -> &Watchdog {
+        self.evidence.watchdog()
     }
 
     /// The consumer found nothing in a poll that began at `polled`. Call under the channel's lock.
@@ -151,118 +101,53 @@ impl Ledger {
             return self.wait_on();
         }
         self.write(|| {
-            let since = self.consumer.since();
-            let may_have_kept_thread = self.consumer_is(Consumer::Overlap)
-                && self.watchdog.has_one_thread()
-                && !self.others_keep_thread();
-            let late = self.watchdog.late_between(self.offset + since, self.offset + polled);
-            self.suspect.store(if may_have_kept_thread { late } else { 0 }, Ordering::Relaxed);
+            let is_overlap = self.consumer_is(Consumer::Overlap);
+            let kept = if is_overlap { self.evidence.kept_thread(self.consumer.since(), polled) } else { 0 };
+            self.suspect.store(kept, Ordering::Relaxed);
             self.suspect_until.store(polled, Ordering::Relaxed);
             self.enter(Consumer::SourceWait as usize, polled, self.running(polled));
         });
-        self.ask_in_wait(polled);
+        self.evidence.note_pace(polled.saturating_sub(self.taken.load(Ordering::Relaxed)));
+        self.evidence.wait_begins(polled);
     }
 
     /// A further poll in the same wait found nothing.
     fn wait_on(&self) {
         let now = self.now();
-        let was_asked = self.asked_in_wait.load(Ordering::Relaxed) != NEVER;
-        let late_since = self.watchdog.late_since(self.offset + now);
-        if late_since.is_none() && !was_asked && !self.watchdog.takes_questions(self.offset + now) {
-            return;
+        if self.evidence.is_wanted(now) {
+            let whose = self.evidence.of_wait_up_to_poll(self.consumer.since(), now);
+            self.write(|| self.end_wait(Consumer::SourceWait, &whose, now));
+            self.evidence.wait_begins(now);
         }
-        self.write(|| {
-            let mut wait = self.wait_until(now);
-            if let Some(from) = late_since {
-                // This poll comes from a task that was running while the turn was due.
-                let since = from.saturating_sub(self.offset).max(self.consumer.since());
-                wait = Wait { own: now.saturating_sub(since), ..Wait::default() };
-            }
-            self.end_wait(Consumer::SourceWait, &wait, now);
-        });
-        self.ask_in_wait(now);
     }
 
     /// Puts the wait that goes on down to whom it belongs, and enters a state.
-    fn end_wait(&self, state: Consumer, wait: &Wait, now: Nanos) {
+    fn end_wait(&self, state: Consumer, whose: &Whose, now: Nanos) {
         let since = self.consumer.since();
-        let parts = self.parts_of(wait, now.saturating_sub(since));
+        let parts = self.parts_of_wait(*whose, now);
         let own = parts[Consumer::Overlap as usize];
         if own > 0 {
-            // Backlog, if rows come as soon as the thread is free.
             add(&self.suspect, own);
             let until = if state == Consumer::SourceWait { now } else { since + own };
             self.suspect_until.store(until, Ordering::Relaxed);
         }
-        if self.asked_in_wait.load(Ordering::Relaxed) != NEVER {
-            self.weigh(wait.own, wait.late);
-        }
+        self.evidence.weigh(whose);
         self.enter(state as usize, now, parts);
-    }
-
-    fn ask_in_wait(&self, now: Nanos) {
-        let is_alert = self.watchdog.takes_questions(self.offset + now);
-        self.asked_in_wait.store(if is_alert { now } else { NEVER }, Ordering::Relaxed);
-        if is_alert {
-            self.watchdog.ask(self.offset + now);
-        }
     }
 
     /// Rows, or the end, came into the channel. Call under the channel's lock, before the consumer is woken.
     pub(crate) fn rows_came(&self) {
         if self.consumer_is(Consumer::SourceWait) {
             let now = self.now();
+            let whose = self.evidence.of_wait(self.consumer.since(), now);
             self.write(|| {
-                self.end_wait(Consumer::Woken, &self.wait_until(now), now);
+                self.end_wait(Consumer::Woken, &whose, now);
                 self.settle_suspect(now);
             });
-            let is_alert = self.watchdog.takes_questions(self.offset + now);
-            self.asked_by_rows.store(is_alert, Ordering::Relaxed);
-            if is_alert {
-                self.watchdog.ask(self.offset + now);
-            }
+            self.evidence.rows_came(now);
         } else if self.consumer_is(Consumer::Overlap) {
             self.consumer(Consumer::Backlog, self.now());
         }
-    }
-
-    /// The consumer could go on, and only lets others have their turn. Call under the channel's lock.
-    pub(crate) fn yield_thread(&self, is_empty: bool) {
-        let now = self.now();
-        self.consumer(if is_empty { Consumer::SourceWait } else { Consumer::Woken }, now);
-        self.asked_in_wait.store(NEVER, Ordering::Relaxed);
-        self.asked_by_rows.store(false, Ordering::Relaxed);
-    }
-
-    /// The producer is about to be woken by the consumer. Call under the channel's lock.
-    pub(crate) fn wake_producer(&self, now: Nanos) {
-        self.producer_woken.store(now, Ordering::Relaxed);
-    }
-
-    /// The producer runs. Call under the channel's lock.
-    pub(crate) fn producer_runs(&self) {
-        if self.producer_woken.load(Ordering::Relaxed) == NEVER {
-            return;
-        }
-        let now = self.now();
-        let is_waiting = self.consumer_is(Consumer::SourceWait) || self.consumer_is(Consumer::Overlap);
-        self.write(|| {
-            if is_waiting && self.kept_producer(self.consumer.since(), now) > 0 {
-                let state = self.consumer.state();
-                self.enter(state, now, self.running(now));
-            }
-            self.producer_woken.store(NEVER, Ordering::Relaxed);
-        });
-    }
-
-    /// How long the consumer kept a woken producer from running.
-    fn kept_producer(&self, since: Nanos, now: Nanos) -> Nanos {
-        let since = self.producer_woken.load(Ordering::Relaxed).max(since);
-        let kept = now.saturating_sub(since);
-        if kept <= AT_ONCE {
-            return 0;
-        }
-        kept - self.watchdog.late_between(self.offset + since, self.offset + now).min(kept)
     }
 
     fn settle_suspect(&self, now: Nanos) {
@@ -274,18 +159,47 @@ impl Ledger {
         self.suspect.store(0, Ordering::Relaxed);
     }
 
+    /// The consumer could go on, and only lets others have their turn. Call under the channel's lock.
+    pub(crate) fn yield_thread(&self, is_empty: bool) {
+        self.consumer(if is_empty { Consumer::SourceWait } else { Consumer::Woken }, self.now());
+        self.evidence.forget();
+    }
+
+    /// The producer is about to be woken by the consumer. Call under the channel's lock.
+    pub(crate) fn wake_producer(&self, now: Nanos) {
+        self.evidence.wake_producer(now);
+    }
+
+    /// The producer runs. Call under the channel's lock.
+    pub(crate) fn producer_runs(&self) {
+        if !self.evidence.producer_is_woken() {
+            return;
+        }
+        let now = self.now();
+        let is_waiting = self.consumer_is(Consumer::SourceWait) || self.consumer_is(Consumer::Overlap);
+        self.write(|| {
+            if is_waiting && self.evidence.kept_producer(self.consumer.since(), now) > 0 {
+                self.enter(self.consumer.state(), now, self.running(now));
+            }
+            self.evidence.producer_runs();
+        });
+    }
+
     /// The consumer has taken something, and goes over into `state`; returns whether it had let it wait since it
     /// was woken. Call under the channel's lock.
     pub(crate) fn take(&self, state: Consumer, now: Nanos) -> bool {
-        let waited = now.saturating_sub(self.consumer.since());
-        let let_wait = self.consumer_is(Consumer::Woken) && waited > AT_ONCE;
-        if let_wait && self.asked_by_rows.load(Ordering::Relaxed) {
-            self.weigh(0, self.running(now)[Consumer::Scheduled as usize]);
+        let mut delay = 0;
+        if self.consumer_is(Consumer::Woken) {
+            let since = self.consumer.since();
+            delay = now.saturating_sub(since);
+            self.evidence.weigh(&self.evidence.of_delay(since, now));
         }
         if !self.consumer_is(state) {
             self.consumer(state, now);
         }
-        let_wait
+        self.taken.store(now, Ordering::Relaxed);
+        self.evidence.rows_taken(delay, now);
+        delay > AT_ONCE
     }
 
     /// The consumer's half goes over into `state`. Call under the channel's lock.
@@ -328,79 +242,27 @@ impl Ledger {
     fn running(&self, now: Nanos) -> [Nanos; STATES] {
         let since = self.consumer.since();
         let life = now.saturating_sub(since);
-        let (from, to) = (self.offset + since, self.offset + since + life);
         if self.consumer_is(Consumer::SourceWait) {
-            return self.parts_of(&self.wait_until(now), life);
+            return self.parts_of_wait(self.evidence.of_wait(since, now), now);
         }
         if self.consumer_is(Consumer::Overlap) {
-            let kept = self.kept_producer(since, now).min(life);
+            let kept = self.evidence.kept_producer(since, now).min(life);
             return [0, 0, life - kept, kept, 0];
         }
         if self.consumer_is(Consumer::Woken) {
-            let late = self.late_for_rows(from, to).min(life);
-            return [0, late, 0, life - late, 0];
+            let others = self.evidence.resolve(self.evidence.of_delay(since, now)).others.min(life);
+            return [0, others, 0, life - others, 0];
         }
         self.consumer.running(now)
     }
 
-    /// What is known of the wait that goes on.
-    fn wait_until(&self, now: Nanos) -> Wait {
+    fn parts_of_wait(&self, whose: Whose, now: Nanos) -> [Nanos; STATES] {
         let since = self.consumer.since();
         let life = now.saturating_sub(since);
-        let own = self.kept_thread(now).min(life);
-        // A runtime that was late delayed the rows only if they come as soon as it is not.
-        let late = self.watchdog.late_up_to(self.offset + since + own, self.offset + now).min(life - own);
-        let kept = self.kept_producer(since + own, now).min(life - own - late);
-        Wait { own, late, kept }
-    }
-
-    fn parts_of(&self, wait: &Wait, life: Nanos) -> [Nanos; STATES] {
-        let Wait { own, late, kept } = *wait;
-        let (own, late) = if self.others_keep_thread() { (0, late + own) } else { (own, late) };
-        [life.saturating_sub(own + late + kept), late, own, kept, 0]
-    }
-
-    /// Notes how long the consumer may have kept the thread, and how long others surely did.
-    fn weigh(&self, own: Nanos, others: Nanos) {
-        let (mine, theirs) =
-            (self.kept_by_me.load(Ordering::Relaxed), self.kept_by_others.load(Ordering::Relaxed));
-        let halve = u32::from(mine + theirs > RECENT);
-        self.kept_by_me.store((mine >> halve) + own, Ordering::Relaxed);
-        self.kept_by_others.store((theirs >> halve) + others, Ordering::Relaxed);
-    }
-
-    /// Whether time for which it is not known who kept the thread is that of others.
-    fn others_keep_thread(&self) -> bool {
-        let theirs = self.kept_by_others.load(Ordering::Relaxed);
-        theirs > 0 && theirs * 4 >= self.kept_by_me.load(Ordering::Relaxed)
-    }
-
-    /// How long after the poll that asked for a turn of the watchdog the consumer's task may have run on.
-    fn kept_thread(&self, now: Nanos) -> Nanos {
-        match self.asked_in_wait.load(Ordering::Relaxed) {
-            NEVER => 0,
-            asked => {
-                let turn = self.watchdog.first_turn_after(self.offset + asked);
-                turn.map_or(now, |turn| turn - self.offset).saturating_sub(asked)
-            }
-        }
-    }
-
-    /// How long the runtime is known to have kept a woken consumer from its rows, in the watchdog's time.
-    fn late_for_rows(&self, from: Nanos, to: Nanos) -> Nanos {
-        if to - from <= AT_ONCE {
-            return to - from;
-        }
-        let asked = self.asked_in_wait.load(Ordering::Relaxed);
-        if asked != NEVER && self.watchdog.first_turn_after(self.offset + asked).is_none() {
-            // That turn would have come before a consumer that had ever let go of its thread.
-            return 0;
-        }
-        if self.asked_by_rows.load(Ordering::Relaxed) {
-            // It stands in the run queue just before the consumer.
-            return self.watchdog.first_turn_queued_after(from).map_or(to, |turn| turn.min(to)) - from;
-        }
-        self.watchdog.late_up_to(from, to)
+        let Whose { own, others, .. } = self.evidence.resolve(whose);
+        let left = life.saturating_sub(own + others);
+        let kept = self.evidence.kept_producer(since + own, now).min(left);
+        [left - kept, others, own, kept, 0]
     }
 
     /// Counts `spent` as decoding; it is part of the time in which the consumer holds rows.
@@ -481,7 +343,9 @@ mod tests {
             let (clock, hand) = manual();
             let watchdog = Arc::new(Watchdog::new(clock.clone(), true));
             watchdog.stream_begins();
-            Self { ledger: Ledger::new(clock, watchdog), hand, before: Default::default() }
+            let ledger = Ledger::new(clock, watchdog);
+            ledger.evidence.give_no_benefit_of_the_doubt(true);
+            Self { ledger, hand, before: Default::default() }
         }
 
         fn at(&self, now: Nanos) {
@@ -505,7 +369,7 @@ mod tests {
                 self.at(ms * MS);
                 self.turn();
             }
-            assert!(self.ledger.watchdog().takes_questions(100 * MS));
+            assert!(self.ledger.watchdog().is_alert(100 * MS));
             self.ledger.wait(100 * MS);
             self.ledger.rows_came();
             self.ledger.take(Consumer::Overlap, 100 * MS);
@@ -522,6 +386,26 @@ mod tests {
     fn ledger() -> (Ledger, Arc<AtomicU64>) {
         let Test { ledger, hand, .. } = Test::new();
         (ledger, hand)
+    }
+
+    #[test]
+    fn the_first_doubts_are_not_held_against_the_consumer() {
+        let test = Test::new();
+        test.ledger.evidence.give_no_benefit_of_the_doubt(false);
+        for turn in 0..4 {
+            let start = turn * 50 * MS;
+            test.at(start);
+            test.turn();
+            test.ledger.wait(start);
+            // The task that polls had the thread all the time, or so it seems.
+            test.at(start + 40 * MS);
+            test.ledger.wait(start);
+            test.turn();
+            test.ledger.rows_came();
+            test.ledger.take(Consumer::Overlap, start + 40 * MS);
+        }
+        let [_, scheduled, _, backlog, _] = test.read();
+        assert!((60..80).contains(&scheduled) && backlog >= 60, "{scheduled}, {backlog}");
     }
 
     #[test]
@@ -589,10 +473,12 @@ mod tests {
         assert_eq!(test.read(), [1, 0, 0, 8, 0]);
 
         test.ledger.wait(9 * MS);
+        test.turn();
         test.ledger.rows_came();
         test.at(39 * MS);
+        test.turn();
         test.ledger.take(Consumer::Overlap, 39 * MS);
-        assert_eq!(test.read(), [1, 30, 0, 8, 0], "a turn was due at 10 ms");
+        assert_eq!(test.read(), [1, 30, 0, 8, 0], "the turn that they asked for came only then");
     }
 
     #[test]

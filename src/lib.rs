@@ -58,6 +58,7 @@ mod config;
 mod connection;
 mod decode;
 mod error;
+mod evidence;
 mod gauge;
 mod launch;
 mod ledger;

@@ -123,7 +123,7 @@ mod tests {
     const LIMITS: Limits = Limits { rows: 8, bytes: 80, chunk_rows: 4, chunk_bytes: 40 };
 
     fn channel() -> (Sender, Receiver) {
-        bounded(LIMITS, Clock::start(), Arc::new(Watchdog::new(Clock::start(), true)))
+        bounded(LIMITS, Clock::start(), Arc::new(Watchdog::new(Clock::start(), false)))
     }
 
     type Row = Result<&'static str, Error>;

@@ -178,14 +178,9 @@ impl Watchdog {
         self.push_chore(self.clock.now() + Self::WATCH, chore);
     }
 
-    fn is_alert(&self, now: Nanos) -> bool {
+    /// Whether the runtime was late a moment ago.
+    pub(crate) fn is_alert(&self, now: Nanos) -> bool {
         now < self.alert_until.load(Ordering::Relaxed)
-    }
-
-    /// Whether it is worth to ask for turns: the runtime was late a moment ago, and the order of turns proves
-    /// something, as tasks run one after the other.
-    pub(crate) fn takes_questions(&self, now: Nanos) -> bool {
-        self.has_one_thread && self.is_alert(now)
     }
 
     /// Asks for a turn, which takes its place in the run queue now.
@@ -212,6 +207,7 @@ impl Watchdog {
         lock(&self.log).late_up_to(from, to)
     }
 
+    /// Whether one thread runs all tasks, one after the other in the order in which they were woken.
     pub(crate) fn has_one_thread(&self) -> bool {
         self.has_one_thread
     }

@@ -169,6 +169,11 @@ impl Session {
         if error.kind() != ErrorKind::Disconnected {
             return error;
         }
+        // Boxed: what it needs is large, and hardly ever needed.
+        Box::pin(self.explain_loss(error)).await
+    }
+
+    async fn explain_loss(&self, error: Error) -> Error {
         let probe = connect::connect_one(&self.config, &self.peer);
         let answer = timeout(POST_MORTEM, probe).await;
         // The task that knows the cause may have been behind us, but not by as much as that.

@@ -13,7 +13,7 @@ use std::time::Duration;
 use fraiseql_stream::Verdict::{ConsumerBound, RuntimeBound, SourceBound};
 
 use case::Case;
-use table::Expected::{Busy, Is, NotTheSource};
+use table::Expected::{Is, NotTheSource};
 use table::Flavor::{CurrentThread, MultiThread};
 use table::{BLOCKING, BOTH, EVERY_5_MS, SLEEPING, SLOW_SOURCES, Setting, cases, check};
 use ways::{
@@ -73,7 +73,7 @@ fn a_slow_consumer_that_works_beside_the_stream_is_consumer_bound() {
 fn a_consumer_that_blocks_its_thread_between_polls_is_consumer_bound() {
     let ways = [NEXT, NEXT_CHUNK, CHUNKS, NEXT_THEN_READY];
     let on_two_threads = cases(&[MultiThread], &ways, &BLOCKING, Is(ConsumerBound));
-    let on_one_thread = cases(&[CurrentThread], &ways, &BLOCKING, Busy);
+    let on_one_thread = cases(&[CurrentThread], &ways, &BLOCKING, Is(ConsumerBound));
     check(&[on_two_threads, on_one_thread].concat());
 }
 
@@ -82,7 +82,7 @@ fn a_consumer_that_blocks_its_thread_while_it_waits_for_rows_is_not_source_bound
     let ways = [READY_CHUNKS_1000, SELECT_FLUSH, JOINED_READY_CHUNKS, JOINED_WITH_CPU_WORK];
     // The other thread runs timers in time, so the runtime is not late.
     let on_two_threads = cases(&[MultiThread], &ways, &BLOCKING, Is(ConsumerBound));
-    let on_one_thread = cases(&[CurrentThread], &ways, &BLOCKING, NotTheSource);
+    let on_one_thread = cases(&[CurrentThread], &ways, &BLOCKING, Is(ConsumerBound));
     check(&[on_two_threads, on_one_thread].concat());
 }
 

@@ -1,0 +1,269 @@
+//! `Evidence`: whose time it is when a consumer does not come for its rows.
+//!
+//! Rows wait for a consumer that was woken. Either the runtime keeps it from coming, or it is busy with something
+//! else in its own task. What is known:
+//!
+//! - The [`Watchdog`] knows when its own turns came late. A runtime that was late delayed a stream only if the
+//!   stream went on as soon as it was not late any more.
+//! - Where one thread runs all tasks, they run in the order in which they were woken, and the watchdog can be asked
+//!   for a turn at a certain place in that order. Asked for by a consumer, the turn comes when its task has let go
+//!   of the thread; asked for just before a consumer is woken, it comes just before the consumer.
+//! - A producer that the consumer woke stands in the run queue behind it. While it does not run although the
+//!   runtime is not late, the consumer keeps it from running.
+//!
+//! Turns are asked for only by consumers that took their time lately, and while the runtime is suspect: a fast
+//! stream pays nothing.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+use crate::partition::add;
+use crate::time::{Clock, Nanos};
+use crate::watchdog::Watchdog;
+
+/// A consumer that comes for rows within this time takes them at once: that is how long a runtime that is well
+/// may take to run a task that is ready.
+pub(crate) const AT_ONCE: Nanos = 500_000;
+/// How much evidence makes up the near past.
+const RECENT: Nanos = 500_000_000;
+/// How often the consumer has the benefit of the doubt.
+const DOUBTS: u64 = 2;
+/// A consumer that took its time is expected to do so again, this many times.
+const SLOW: u8 = 4;
+const NEVER: Nanos = Nanos::MAX;
+
+#[derive(Debug)]
+pub(crate) struct Evidence {
+    watchdog: Arc<Watchdog>,
+    /// The age of the watchdog when the stream began.
+    offset: Nanos,
+    /// When the consumer, as it began to wait, asked for a turn; `NEVER` if it did not.
+    asked_in_wait: AtomicU64,
+    /// The same for rows that came while it waited.
+    asked_by_rows: AtomicU64,
+    /// The same for rows that it took.
+    asked_in_hand: AtomicU64,
+    /// How often the consumer is still expected to take its time.
+    slow: AtomicU8,
+    /// Since when the producer waits to run because the consumer woke it; `NEVER` if it does not.
+    producer_woken: AtomicU64,
+    /// In the near past, how long the consumer may have kept the only thread, and how long others surely did.
+    doubtful: AtomicU64,
+    others: AtomicU64,
+    doubts: AtomicU64,
+}
+
+/// What some time is put down to; what is left of it is nobody's of these.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Whose {
+    /// The consumer's own task.
+    pub(crate) own: Nanos,
+    /// Others: the runtime was late.
+    pub(crate) others: Nanos,
+    /// One of the two kept the thread.
+    doubtful: Nanos,
+}
+
+impl Evidence {
+    pub(crate) fn new(clock: &Clock, watchdog: Arc<Watchdog>) -> Self {
+        Self {
+            offset: clock.since(watchdog.clock()),
+            watchdog,
+            asked_in_wait: AtomicU64::new(NEVER),
+            asked_by_rows: AtomicU64::new(NEVER),
+            asked_in_hand: AtomicU64::new(NEVER),
+            slow: AtomicU8::new(0),
+            producer_woken: AtomicU64::new(NEVER),
+            doubtful: AtomicU64::new(0),
+            others: AtomicU64::new(0),
+            doubts: AtomicU64::new(0),
+        }
+    }
+
+    pub(crate) fn watchdog(&self) -> &Watchdog {
+        &self.watchdog
+    }
+
+    /// The consumer begins to wait.
+    pub(crate) fn wait_begins(&self, now: Nanos) {
+        self.ask_if(self.watchdog.has_one_thread() && self.is_suspect(now), &self.asked_in_wait, now);
+    }
+
+    /// Rows came, and the consumer is about to be woken.
+    pub(crate) fn rows_came(&self, now: Nanos) {
+        let is_worth_it = if self.watchdog.has_one_thread() { self.is_suspect(now) } else { self.is_slow() };
+        self.ask_if(is_worth_it, &self.asked_by_rows, now);
+    }
+
+    /// The consumer takes rows, for which it let them wait for so long.
+    pub(crate) fn rows_taken(&self, delay: Nanos, now: Nanos) {
+        self.note_pace(delay);
+        self.ask_if(self.watchdog.has_one_thread() && self.is_slow(), &self.asked_in_hand, now);
+    }
+
+    /// The consumer lets others have their turn.
+    pub(crate) fn forget(&self) {
+        for asked in [&self.asked_in_wait, &self.asked_by_rows, &self.asked_in_hand] {
+            asked.store(NEVER, Ordering::Relaxed);
+        }
+    }
+
+    fn ask_if(&self, is_worth_it: bool, asked: &AtomicU64, now: Nanos) {
+        asked.store(if is_worth_it { now } else { NEVER }, Ordering::Relaxed);
+        if is_worth_it {
+            self.watchdog.ask(self.offset + now);
+        }
+    }
+
+    /// The consumer was busy, or let rows wait, for so long.
+    pub(crate) fn note_pace(&self, period: Nanos) {
+        let slow = self.slow.load(Ordering::Relaxed);
+        let slow = if period > AT_ONCE { SLOW } else { slow.saturating_sub(1) };
+        self.slow.store(slow, Ordering::Relaxed);
+    }
+
+    fn is_slow(&self) -> bool {
+        self.slow.load(Ordering::Relaxed) > 0
+    }
+
+    fn is_suspect(&self, now: Nanos) -> bool {
+        self.is_slow() || self.watchdog.is_alert(self.offset + now)
+    }
+
+    /// Whether there is anything to find out about a wait in which the consumer polls once more.
+    pub(crate) fn is_wanted(&self, now: Nanos) -> bool {
+        self.asked_in_wait.load(Ordering::Relaxed) != NEVER
+            || self.watchdog.late_since(self.offset + now).is_some()
+            || (self.watchdog.has_one_thread() && self.is_suspect(now))
+    }
+
+    /// Of a wait for rows.
+    pub(crate) fn of_wait(&self, since: Nanos, now: Nanos) -> Whose {
+        let life = now.saturating_sub(since);
+        let doubtful = match self.asked_in_wait.load(Ordering::Relaxed) {
+            NEVER => 0,
+            asked => self.first_turn_after(asked).map_or(life, |turn| turn.saturating_sub(since)).min(life),
+        };
+        let others = self.late_up_to(since + doubtful, now);
+        Whose { others, doubtful, ..Whose::default() }
+    }
+
+    /// Of a wait in which the consumer polls once more. If a turn is overdue then, its task was running.
+    pub(crate) fn of_wait_up_to_poll(&self, since: Nanos, now: Nanos) -> Whose {
+        match self.watchdog.late_since(self.offset + now) {
+            Some(late) => {
+                let doubtful = now - late.saturating_sub(self.offset).clamp(since, now);
+                Whose { doubtful, ..Whose::default() }
+            }
+            None => self.of_wait(since, now),
+        }
+    }
+
+    /// Of rows that came and were not taken yet.
+    pub(crate) fn of_delay(&self, since: Nanos, now: Nanos) -> Whose {
+        let life = now.saturating_sub(since);
+        if life <= AT_ONCE {
+            return Whose { others: life, ..Whose::default() };
+        }
+        let asked = self.asked_by_rows.load(Ordering::Relaxed) != NEVER;
+        let turn = if asked { self.first_turn_queued_after(since) } else { None };
+        if self.watchdog.has_one_thread() {
+            let asked_in_wait = self.asked_in_wait.load(Ordering::Relaxed);
+            if asked_in_wait != NEVER && self.first_turn_after(asked_in_wait).is_none() {
+                // The consumer has not let go of the thread since.
+                return Whose { own: life, ..Whose::default() };
+            }
+            if asked {
+                return match turn.map(|turn| turn.clamp(since, now) - since) {
+                    Some(others) => Whose { others, own: life - others, ..Whose::default() },
+                    // The consumer stood in the run queue before, for another reason.
+                    None => Whose { doubtful: life, ..Whose::default() },
+                };
+            }
+        } else if turn.is_some_and(|turn| turn <= since + AT_ONCE) {
+            // Some thread was free.
+            return Whose { own: life, ..Whose::default() };
+        }
+        let others = self.late_up_to(since, now);
+        Whose { others, own: life - others, ..Whose::default() }
+    }
+
+    /// How long a consumer with rows in hand surely kept the only thread.
+    pub(crate) fn kept_thread(&self, since: Nanos, now: Nanos) -> Nanos {
+        let asked = self.asked_in_hand.load(Ordering::Relaxed);
+        let kept = asked != NEVER && self.first_turn_after(asked).is_none();
+        if kept { now.saturating_sub(since) } else { 0 }
+    }
+
+    /// How long the consumer kept a woken producer from running.
+    pub(crate) fn kept_producer(&self, since: Nanos, now: Nanos) -> Nanos {
+        let since = self.producer_woken.load(Ordering::Relaxed).max(since);
+        let kept = now.saturating_sub(since);
+        if kept <= AT_ONCE {
+            return 0;
+        }
+        kept - self.watchdog.late_between(self.offset + since, self.offset + now).min(kept)
+    }
+
+    /// The producer is about to be woken by the consumer.
+    pub(crate) fn wake_producer(&self, now: Nanos) {
+        self.producer_woken.store(now, Ordering::Relaxed);
+    }
+
+    /// Whether the producer has not run since.
+    pub(crate) fn producer_is_woken(&self) -> bool {
+        self.producer_woken.load(Ordering::Relaxed) != NEVER
+    }
+
+    pub(crate) fn producer_runs(&self) {
+        self.producer_woken.store(NEVER, Ordering::Relaxed);
+    }
+
+    /// Keeps what was found out, for times of doubt.
+    pub(crate) fn weigh(&self, whose: &Whose) {
+        let asked =
+            [&self.asked_in_wait, &self.asked_by_rows].iter().any(|at| at.load(Ordering::Relaxed) != NEVER);
+        if !self.watchdog.has_one_thread() || !(asked || whose.doubtful > 0) {
+            return;
+        }
+        let (doubtful, others) = (self.doubtful.load(Ordering::Relaxed), self.others.load(Ordering::Relaxed));
+        let halve = u32::from(doubtful + others > RECENT);
+        let surely_others = if whose.others > AT_ONCE { whose.others } else { 0 };
+        self.doubtful.store((doubtful >> halve) + whose.doubtful, Ordering::Relaxed);
+        self.others.store((others >> halve) + surely_others, Ordering::Relaxed);
+        add(&self.doubts, u64::from(whose.doubtful > AT_ONCE));
+    }
+
+    /// Puts what is doubtful down to others until there have been some doubts, and then if others surely kept the
+    /// thread for a good part of the time, too.
+    pub(crate) fn resolve(&self, whose: Whose) -> Whose {
+        let (doubtful, others) = (self.doubtful.load(Ordering::Relaxed), self.others.load(Ordering::Relaxed));
+        let was_others = self.doubts.load(Ordering::Relaxed) < DOUBTS || others * 4 >= doubtful;
+        if was_others {
+            Whose { others: whose.others + whose.doubtful, doubtful: 0, ..whose }
+        } else {
+            Whose { own: whose.own + whose.doubtful, doubtful: 0, ..whose }
+        }
+    }
+
+    /// Whether what is doubtful is the consumer's from the first time on, for tests.
+    #[cfg(test)]
+    pub(crate) fn give_no_benefit_of_the_doubt(&self, none: bool) {
+        self.doubts.store(if none { DOUBTS } else { 0 }, Ordering::Relaxed);
+        self.doubtful.store(u64::from(none), Ordering::Relaxed);
+    }
+
+    fn late_up_to(&self, since: Nanos, now: Nanos) -> Nanos {
+        self.watchdog.late_up_to(self.offset + since, self.offset + now).min(now.saturating_sub(since))
+    }
+
+    fn first_turn_after(&self, moment: Nanos) -> Option<Nanos> {
+        self.watchdog.first_turn_after(self.offset + moment).map(|turn| turn.saturating_sub(self.offset))
+    }
+
+    fn first_turn_queued_after(&self, moment: Nanos) -> Option<Nanos> {
+        self.watchdog
+            .first_turn_queued_after(self.offset + moment)
+            .map(|turn| turn.saturating_sub(self.offset))
+    }
+}
