@@ -8,14 +8,14 @@
 //! - Where one thread runs all tasks, they run in the order in which they were woken, and the watchdog can be asked
 //!   for a turn at a certain place in that order. Asked for by a consumer, the turn comes when its task has let go
 //!   of the thread; asked for just before a consumer is woken, it comes just before the consumer.
-//! - A producer that the consumer woke stands in the run queue behind it. While it does not run although the
-//!   runtime is not late, the consumer keeps it from running.
+//! - Where there are several threads, a producer that the consumer woke may run on the consumer's thread only, right
+//!   after it. While it does not run although the runtime is not late, the consumer keeps it from running.
 //!
 //! Turns are asked for only by consumers that took their time lately, and while the runtime is suspect: a fast
 //! stream pays nothing.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::partition::add;
 use crate::time::{Clock, Nanos};
@@ -28,8 +28,8 @@ pub(crate) const AT_ONCE: Nanos = 500_000;
 const RECENT: Nanos = 500_000_000;
 /// How often the consumer has the benefit of the doubt.
 const DOUBTS: u64 = 2;
-/// A consumer that took its time is expected to do so again, this many times.
-const SLOW: u8 = 4;
+/// A consumer that took its time is expected to do so again within this many times that time.
+const SLOW_AGAIN: Nanos = 2;
 const NEVER: Nanos = Nanos::MAX;
 
 #[derive(Debug)]
@@ -43,8 +43,8 @@ pub(crate) struct Evidence {
     asked_by_rows: AtomicU64,
     /// The same for rows that it took.
     asked_in_hand: AtomicU64,
-    /// How often the consumer is still expected to take its time.
-    slow: AtomicU8,
+    /// Up to then the consumer is expected to take its time again.
+    slow_until: AtomicU64,
     /// Since when the producer waits to run because the consumer woke it; `NEVER` if it does not.
     producer_woken: AtomicU64,
     /// In the near past, how long the consumer may have kept the only thread, and how long others surely did.
@@ -72,7 +72,7 @@ impl Evidence {
             asked_in_wait: AtomicU64::new(NEVER),
             asked_by_rows: AtomicU64::new(NEVER),
             asked_in_hand: AtomicU64::new(NEVER),
-            slow: AtomicU8::new(0),
+            slow_until: AtomicU64::new(0),
             producer_woken: AtomicU64::new(NEVER),
             doubtful: AtomicU64::new(0),
             others: AtomicU64::new(0),
@@ -91,14 +91,15 @@ impl Evidence {
 
     /// Rows came, and the consumer is about to be woken.
     pub(crate) fn rows_came(&self, now: Nanos) {
-        let is_worth_it = if self.watchdog.has_one_thread() { self.is_suspect(now) } else { self.is_slow() };
+        let is_worth_it =
+            if self.watchdog.has_one_thread() { self.is_suspect(now) } else { self.is_slow(now) };
         self.ask_if(is_worth_it, &self.asked_by_rows, now);
     }
 
     /// The consumer takes rows, for which it let them wait for so long.
     pub(crate) fn rows_taken(&self, delay: Nanos, now: Nanos) {
-        self.note_pace(delay);
-        self.ask_if(self.watchdog.has_one_thread() && self.is_slow(), &self.asked_in_hand, now);
+        self.note_pace(delay, now);
+        self.ask_if(self.watchdog.has_one_thread() && self.is_slow(now), &self.asked_in_hand, now);
     }
 
     /// The consumer lets others have their turn.
@@ -115,19 +116,19 @@ impl Evidence {
         }
     }
 
-    /// The consumer was busy, or let rows wait, for so long.
-    pub(crate) fn note_pace(&self, period: Nanos) {
-        let slow = self.slow.load(Ordering::Relaxed);
-        let slow = if period > AT_ONCE { SLOW } else { slow.saturating_sub(1) };
-        self.slow.store(slow, Ordering::Relaxed);
+    /// The consumer was busy, or let rows wait, for a time that is over now.
+    pub(crate) fn note_pace(&self, time: Nanos, now: Nanos) {
+        if time > AT_ONCE {
+            self.slow_until.fetch_max(now + SLOW_AGAIN * time, Ordering::Relaxed);
+        }
     }
 
-    fn is_slow(&self) -> bool {
-        self.slow.load(Ordering::Relaxed) > 0
+    fn is_slow(&self, now: Nanos) -> bool {
+        now < self.slow_until.load(Ordering::Relaxed)
     }
 
     fn is_suspect(&self, now: Nanos) -> bool {
-        self.is_slow() || self.watchdog.is_alert(self.offset + now)
+        self.is_slow(now) || self.watchdog.is_alert(self.offset + now)
     }
 
     /// Whether there is anything to find out about a wait in which the consumer polls once more.
@@ -199,7 +200,7 @@ impl Evidence {
     pub(crate) fn kept_producer(&self, since: Nanos, now: Nanos) -> Nanos {
         let since = self.producer_woken.load(Ordering::Relaxed).max(since);
         let kept = now.saturating_sub(since);
-        if kept <= AT_ONCE {
+        if kept <= AT_ONCE || self.watchdog.has_one_thread() {
             return 0;
         }
         kept - self.watchdog.late_between(self.offset + since, self.offset + now).min(kept)

@@ -107,7 +107,7 @@ impl Ledger {
             self.suspect_until.store(polled, Ordering::Relaxed);
             self.enter(Consumer::SourceWait as usize, polled, self.running(polled));
         });
-        self.evidence.note_pace(polled.saturating_sub(self.taken.load(Ordering::Relaxed)));
+        self.evidence.note_pace(polled.saturating_sub(self.taken.load(Ordering::Relaxed)), polled);
         self.evidence.wait_begins(polled);
     }
 

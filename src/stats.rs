@@ -38,14 +38,14 @@ use crate::time::Nanos;
 ///
 /// # What it cannot know
 ///
-/// - Code that blocks the only thread of a runtime (a current-thread runtime, or one with a single worker) makes
-///   every timer late. Blocking code of the stream's own task is told from that of other tasks by its polls: it
-///   counts as the consumer's if it runs right after, or right before, a poll of the stream. Blocking code of the
-///   stream's task that runs long after its last poll and does not poll afterwards looks like that of another task.
+/// - Code that blocks the only thread of a current-thread runtime makes every timer late. Whether the stream's own
+///   task blocks it or another one is found out by the order in which tasks run; that takes two or three such
+///   times, and it can fail where the stream's task is woken by more than its rows: by a timer in a `select!`, or by
+///   a second stream in the same task. A runtime with a single worker counts as one with several here.
 /// - Time in which your code holds rows is your code's, even if it awaits something that a starved runtime makes
 ///   late.
 /// - The first delays of a runtime that was well before, for some tens of milliseconds, may be missed.
-/// - What happens below Postgres's socket is Postgres: a slow network looks like a slow database.
+/// - What happens on the far side of the socket is Postgres: a slow network looks like a slow database.
 ///
 /// # Examples
 ///

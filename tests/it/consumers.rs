@@ -13,7 +13,7 @@ use std::time::Duration;
 use fraiseql_stream::Verdict::{ConsumerBound, RuntimeBound, SourceBound};
 
 use case::Case;
-use table::Expected::{Is, NotTheSource};
+use table::Expected::{Busy, Is, NotTheSource};
 use table::Flavor::{CurrentThread, MultiThread};
 use table::{BLOCKING, BOTH, EVERY_5_MS, SLEEPING, SLOW_SOURCES, Setting, cases, check};
 use ways::{
@@ -37,6 +37,10 @@ const BATCHES: [Way; 8] = [
     SELECT_FLUSH,
     JOINED_READY_CHUNKS,
 ];
+
+/// Those of them in which nothing but rows wakes the task.
+const BATCHES_OF_ONE_STREAM: &[Way] =
+    &[NEXT_CHUNK, READY_CHUNKS_1000, READY_CHUNKS_5000, CHUNKS, CHUNKS_TIMEOUT, NEXT_THEN_READY];
 
 /// Ways that work on several rows concurrently.
 const CONCURRENT: [Way; 2] = [BUFFER_UNORDERED, FOR_EACH_CONCURRENT];
@@ -71,19 +75,30 @@ fn a_slow_consumer_that_works_beside_the_stream_is_consumer_bound() {
 
 #[test]
 fn a_consumer_that_blocks_its_thread_between_polls_is_consumer_bound() {
-    let ways = [NEXT, NEXT_CHUNK, CHUNKS, NEXT_THEN_READY];
-    let on_two_threads = cases(&[MultiThread], &ways, &BLOCKING, Is(ConsumerBound));
-    let on_one_thread = cases(&[CurrentThread], &ways, &BLOCKING, Is(ConsumerBound));
-    check(&[on_two_threads, on_one_thread].concat());
+    let ways = [NEXT, NEXT_CHUNK, NEXT_THEN_READY];
+    let all = [
+        cases(&BOTH, &ways, &BLOCKING, Is(ConsumerBound)),
+        cases(&[MultiThread], &[CHUNKS], &BLOCKING, Is(ConsumerBound)),
+        cases(&[CurrentThread], &[CHUNKS], &BLOCKING[..2], Is(ConsumerBound)),
+        // A hundred times 4 ms: the second time has only begun.
+        cases(&[CurrentThread], &[CHUNKS], &BLOCKING[2..], Busy),
+    ];
+    check(&all.concat());
 }
 
 #[test]
-fn a_consumer_that_blocks_its_thread_while_it_waits_for_rows_is_not_source_bound() {
-    let ways = [READY_CHUNKS_1000, SELECT_FLUSH, JOINED_READY_CHUNKS, JOINED_WITH_CPU_WORK];
-    // The other thread runs timers in time, so the runtime is not late.
-    let on_two_threads = cases(&[MultiThread], &ways, &BLOCKING, Is(ConsumerBound));
-    let on_one_thread = cases(&[CurrentThread], &ways, &BLOCKING, Is(ConsumerBound));
-    check(&[on_two_threads, on_one_thread].concat());
+fn a_consumer_that_blocks_its_thread_while_it_waits_for_rows_is_consumer_bound() {
+    let ways = [READY_CHUNKS_1000, JOINED_READY_CHUNKS, JOINED_WITH_CPU_WORK];
+    let on_two_threads =
+        cases(&[MultiThread], &[&ways[..], &[SELECT_FLUSH]].concat(), &BLOCKING, Is(ConsumerBound));
+    let on_one_thread = cases(&[CurrentThread], &ways, &BLOCKING[..2], Is(ConsumerBound));
+    // A stint of 200 ms, twice or three times in a short life, might be anybody's. So might a stint of a task that
+    // a timer of its own wakes, and that does not poll the stream before.
+    let in_doubt = [
+        cases(&[CurrentThread], &ways, &BLOCKING[2..], NotTheSource),
+        cases(&[CurrentThread], &[SELECT_FLUSH], &BLOCKING, NotTheSource),
+    ];
+    check(&[on_two_threads, on_one_thread, in_doubt.concat()].concat());
 }
 
 #[test]
@@ -105,11 +120,15 @@ fn a_fast_consumer_of_batches_from_a_slow_source_is_source_bound() {
 /// Fast consumers on a runtime that other tasks block for `stint` milliseconds at a time.
 fn starved(stint: u64) -> Vec<Case> {
     let setting = [Setting::Starved(Duration::from_millis(stint))];
-    let ways = [&ROW_BY_ROW[..], &BATCHES, &CONCURRENT].concat();
+    let alone = [&[NEXT, TIMEOUT_AT][..], &CONCURRENT, BATCHES_OF_ONE_STREAM].concat();
+    // They wake the task when others are about to block the thread: a timer of its own, or another stream.
+    let woken_otherwise = [SELECT_FLUSH, MERGED, JOINED, JOINED_READY_CHUNKS];
     // Between polls, these wait for a task or a timer of the starved runtime.
     let held_up = [&HANDED_OVER[..], &[POLL_IMMEDIATE, NOW_OR_NEVER]].concat();
     let all = [
-        cases(&BOTH, &ways, &setting, Is(RuntimeBound)),
+        cases(&BOTH, &alone, &setting, Is(RuntimeBound)),
+        cases(&[MultiThread], &woken_otherwise, &setting, Is(RuntimeBound)),
+        cases(&[CurrentThread], &woken_otherwise, &setting, NotTheSource),
         cases(&[MultiThread], &[BLOCK_IN_PLACE], &setting, Is(RuntimeBound)),
         cases(&BOTH, &held_up, &setting, NotTheSource),
     ];
