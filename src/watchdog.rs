@@ -149,7 +149,11 @@ impl Watchdog {
     /// A stream begins, whose first waits may be long.
     pub(crate) fn stream_begins(&self) {
         self.streams.fetch_add(1, Ordering::Relaxed);
-        self.watch(2 * Self::WATCH);
+        if let Some(now) = self.watch(2 * Self::WATCH) {
+            // The turn that wakes the timer is due at once: if it does not come, the runtime is late already.
+            let mut log = lock(&self.log);
+            self.set_due(&mut log, now, Self::ALERT);
+        }
     }
 
     pub(crate) fn stream_ends(&self) {
@@ -159,18 +163,27 @@ impl Watchdog {
     /// A stream waited for so long.
     pub(crate) fn record_wait(&self, waited: Nanos) {
         if waited >= Self::LONG_WAIT {
-            self.watch(waited.saturating_mul(8).min(Self::LONGEST_WATCH));
+            let _ = self.watch(waited.saturating_mul(8).min(Self::LONGEST_WATCH));
         }
     }
 
-    /// Keeps the timer near for a while.
-    fn watch(&self, span: Nanos) {
+    /// Keeps the timer near for a while; returns the time if the task had to be woken for that.
+    fn watch(&self, span: Nanos) -> Option<Nanos> {
         let now = self.clock.now();
         let until = self.watch_until.load(Ordering::Relaxed);
         // Extended only when half of it is over, so that short streams do not all write here.
-        if until < now + span / 2 && self.watch_until.fetch_max(now + span, Ordering::Relaxed) <= now {
+        let wakes =
+            until < now + span / 2 && self.watch_until.fetch_max(now + span, Ordering::Relaxed) <= now;
+        wakes.then(|| {
             self.wake.notify_one();
-        }
+            now
+        })
+    }
+
+    fn set_due(&self, log: &mut Log, now: Nanos, period: Nanos) {
+        log.due = now.saturating_add(period);
+        log.late_from = now.max(log.due.saturating_sub(Self::ALERT));
+        self.overdue_at.store(log.due.saturating_add(Self::GRACE), Ordering::Relaxed);
     }
 
     /// Adds a chore that is first due in `Self::WATCH`.
@@ -253,9 +266,7 @@ impl Watchdog {
         }
         let period = self.period(now);
         let is_idle = period == Self::FAR && self.streams.load(Ordering::Relaxed) == 0;
-        log.due = if is_idle { NEVER } else { now + period };
-        log.late_from = now.max(log.due.saturating_sub(Self::ALERT));
-        self.overdue_at.store(log.due.saturating_add(Self::GRACE), Ordering::Relaxed);
+        self.set_due(&mut log, now, if is_idle { NEVER } else { period });
         log.due
     }
 
