@@ -167,6 +167,7 @@ impl Evidence {
             return Whose { others: life, ..Whose::default() };
         }
         let asked = self.asked_by_rows.load(Ordering::Relaxed) != NEVER;
+        // It stands in the run queue just before the consumer.
         let turn = if asked { self.first_turn_queued_after(since) } else { None };
         if self.watchdog.has_one_thread() {
             let asked_in_wait = self.asked_in_wait.load(Ordering::Relaxed);
@@ -175,13 +176,15 @@ impl Evidence {
                 return Whose { own: life, ..Whose::default() };
             }
             if asked {
-                return match turn.map(|turn| turn.clamp(since, now) - since) {
-                    Some(others) => Whose { others, own: life - others, ..Whose::default() },
-                    // The consumer stood in the run queue before, for another reason.
-                    None => Whose { doubtful: life, ..Whose::default() },
-                };
+                // If that turn has not come, the consumer stood in the run queue before, for another reason; maybe
+                // behind an earlier turn.
+                let earlier = self.first_turn_after(since).unwrap_or(since);
+                let others = turn.unwrap_or(earlier).clamp(since, now) - since;
+                let rest = life - others;
+                let (own, doubtful) = if turn.is_some() { (rest, 0) } else { (0, rest) };
+                return Whose { own, others, doubtful };
             }
-        } else if turn.is_some_and(|turn| turn <= since + AT_ONCE) {
+        } else if turn.is_some_and(|turn| turn <= since + Watchdog::CATCH_UP) {
             // Some thread was free.
             return Whose { own: life, ..Whose::default() };
         }

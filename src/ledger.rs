@@ -384,8 +384,9 @@ mod tests {
     }
 
     fn ledger() -> (Ledger, Arc<AtomicU64>) {
-        let Test { ledger, hand, .. } = Test::new();
-        (ledger, hand)
+        let (clock, hand) = manual();
+        let watchdog = Arc::new(Watchdog::new(clock.clone(), true));
+        (Ledger::new(clock, watchdog), hand)
     }
 
     #[test]
