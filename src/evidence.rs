@@ -169,27 +169,32 @@ impl Evidence {
         let asked = self.asked_by_rows.load(Ordering::Relaxed) != NEVER;
         // It stands in the run queue just before the consumer.
         let turn = if asked { self.first_turn_queued_after(since) } else { None };
-        if self.watchdog.has_one_thread() {
-            let asked_in_wait = self.asked_in_wait.load(Ordering::Relaxed);
-            if asked_in_wait != NEVER && self.first_turn_after(asked_in_wait).is_none() {
-                // The consumer has not let go of the thread since.
-                return Whose { own: life, ..Whose::default() };
-            }
-            if asked {
-                // If that turn has not come, the consumer stood in the run queue before, for another reason; maybe
-                // behind an earlier turn.
-                let earlier = self.first_turn_after(since).unwrap_or(since);
-                let others = turn.unwrap_or(earlier).clamp(since, now) - since;
-                let rest = life - others;
-                let (own, doubtful) = if turn.is_some() { (rest, 0) } else { (0, rest) };
-                return Whose { own, others, doubtful };
-            }
-        } else if turn.is_some_and(|turn| turn <= since + Watchdog::CATCH_UP) {
+        if asked && self.watchdog.has_one_thread() {
+            return self.of_delay_in_order(turn, since, now);
+        }
+        if turn.is_some_and(|turn| turn <= since + Watchdog::CATCH_UP) {
             // Some thread was free.
             return Whose { own: life, ..Whose::default() };
         }
         let others = self.late_up_to(since, now);
         Whose { others, own: life - others, ..Whose::default() }
+    }
+
+    /// The same where tasks run in the order in which they were woken: `turn` came just before the consumer.
+    fn of_delay_in_order(&self, turn: Option<Nanos>, since: Nanos, now: Nanos) -> Whose {
+        let life = now.saturating_sub(since);
+        let asked_in_wait = self.asked_in_wait.load(Ordering::Relaxed);
+        if asked_in_wait != NEVER && self.first_turn_after(asked_in_wait).is_none() {
+            // The consumer has not let go of the thread since.
+            return Whose { own: life, ..Whose::default() };
+        }
+        if let Some(turn) = turn {
+            let others = turn.clamp(since, now) - since;
+            return Whose { others, own: life - others, ..Whose::default() };
+        }
+        // The consumer stood in the run queue before, for another reason; maybe behind an earlier turn.
+        let others = self.first_turn_after(since).map_or(0, |turn| turn.clamp(since, now) - since);
+        Whose { others, doubtful: life - others, ..Whose::default() }
     }
 
     /// How long a consumer with rows in hand surely kept the only thread.
