@@ -26,10 +26,13 @@ use crate::stats::{Observer, Stats};
 ///
 /// # Cancel safety
 ///
-/// Dropping the future of `next()` loses no row. Dropping the stream is the way to cancel: Postgres is asked
-/// to stop at once, also while it is silent, and the connection is clean before its next query is sent.
-/// That clean-up runs on the tokio runtime; to wait for it, for instance before the program ends, use
-/// [`close`](Self::close).
+/// If the future of `next()` is dropped, no row is lost. Dropping the stream is the way to cancel: Postgres is asked
+/// to stop at once, also while it is silent, and the connection is clean before its next query is sent. That clean-up
+/// runs on the tokio runtime; to wait for it, for example before the program ends, use [`close`](Self::close).
+///
+/// In a transaction that you began on the connection, a cancelled query aborts the transaction, and the next use of
+/// the connection fails once with [`TransactionAborted`](crate::ErrorKind::TransactionAborted). To stop early without
+/// that, use [`drain`](Self::drain).
 ///
 /// # Memory
 ///
