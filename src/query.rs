@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::Poll;
 
 use tokio::runtime::Handle;
@@ -189,6 +190,9 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
                 Ok(Parts { receiver, predicate, observer, recorder, unseen_failure, launch })
             }
             Err(error) => {
+                if error.sqlstate().is_some() {
+                    unseen_failure.store(false, Ordering::Relaxed);
+                }
                 recorder.ended(Some(Err(&error)));
                 Err(error)
             }
@@ -260,6 +264,7 @@ impl Task {
         let statement = match self.prepare().await {
             Ok(Ok(statement)) => statement,
             Ok(Err(error)) => {
+                self.lease.fails(&error);
                 // Where nobody waits for it, nobody wants the query.
                 let _ = types.send(Err(error));
                 return;
@@ -286,7 +291,10 @@ impl Task {
         let Self { lease, mut sender, .. } = self;
         let mut rows = match started {
             Ok(Ok(rows)) => rows,
-            Ok(Err(error)) => return sender.finish(Err(error)),
+            Ok(Err(error)) => {
+                lease.fails(&error);
+                return sender.finish(Err(error));
+            }
             Err(Cancelled) => return,
         };
         match producer::run(&mut sender, &mut rows, lease.handover()).await {
@@ -296,6 +304,7 @@ impl Task {
             }
             // The server's error has ended the query; any other has not.
             Ok(Err(error)) if error.sqlstate().is_some() => {
+                lease.fails(&error);
                 sender.finish(Err(lease.explain(error).await));
                 lease.finish(rows).await;
             }
