@@ -169,16 +169,17 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
         let heartbeat = Heartbeat::new(observer.clone(), recorder.span().clone());
         let launch = |work: Work| Launch::new(runtime, watchdog, (work, handover), heartbeat);
 
-        let statement = session.statement(&text);
+        let kept = session.statement(&text).and_then(|statement| {
+            // Values that do not fit may fit when it is prepared again: the types of its parameters can change.
+            let values = postgres::encode(&self.values, statement.params()).ok()?;
+            Some((statement, values))
+        });
         let unseen_failure = Arc::clone(session.unseen_failure());
         // The task alone keeps the session from here on, until it gives back the turn.
         drop(session);
         let task = Task { lease, text, sender };
-        let launched = match statement {
-            Some(statement) => {
-                let values = postgres::encode(&self.values, statement.params());
-                values.map(|values| launch(Box::pin(task.query(statement, values))))
-            }
+        let launched = match kept {
+            Some((statement, values)) => Ok(launch(Box::pin(task.query(statement, values)))),
             None => prepare(task, launch, &mut receiver, &self.values).await,
         };
         match launched {
