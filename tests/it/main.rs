@@ -5,13 +5,16 @@
 mod backpressure;
 mod bad_input;
 mod cancel;
+mod closing;
 mod connect;
 mod consumers;
 mod fatal;
 mod first_row;
+mod given_back;
 mod loss;
 mod null;
 mod own_statements;
+mod polling;
 mod proxy;
 mod relations;
 mod rows;
