@@ -20,19 +20,14 @@ type Noted = Arc<Mutex<String>>;
 impl Proxy {
     pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let noted = Noted::default();
-        let notes = Arc::clone(&noted);
+        let proxy = Self { port: listener.local_addr().unwrap().port(), noted: Noted::default() };
+        let noted = Arc::clone(&proxy.noted);
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                let server = TcpStream::connect(("127.0.0.1", shared().port())).await.unwrap();
-                let ((from_client, mut to_client), (mut from_server, to_server)) =
-                    (client.into_split(), server.into_split());
-                tokio::spawn(forward(from_client, to_server, Arc::clone(&notes)));
-                tokio::spawn(async move { tokio::io::copy(&mut from_server, &mut to_client).await });
+                connect(client, &noted).await;
             }
         });
-        Self { port, noted }
+        proxy
     }
 
     /// The connection string of a database by this way.
@@ -44,6 +39,14 @@ impl Proxy {
     pub(crate) fn messages(&self) -> String {
         std::mem::take(&mut *self.noted.lock().unwrap_or_else(PoisonError::into_inner))
     }
+}
+
+async fn connect(client: TcpStream, noted: &Noted) {
+    let server = TcpStream::connect(("127.0.0.1", shared().port())).await.unwrap();
+    let ((from_client, mut to_client), (mut from_server, to_server)) =
+        (client.into_split(), server.into_split());
+    tokio::spawn(forward(from_client, to_server, Arc::clone(noted)));
+    tokio::spawn(async move { tokio::io::copy(&mut from_server, &mut to_client).await });
 }
 
 async fn forward(mut client: OwnedReadHalf, mut server: OwnedWriteHalf, noted: Noted) -> std::io::Result<()> {

@@ -158,6 +158,17 @@ impl Admin {
         self.until(pid, |now| now.is_some_and(|now| !now.is_active())).await;
     }
 
+    /// Waits until the backend has sent the last byte of its answer to a query on this entity. Its statement must
+    /// be prepared already, and the query before it another one.
+    pub(crate) async fn until_answered(&self, pid: i32, entity: &str) {
+        let text = "SELECT 1 FROM pg_stat_activity WHERE pid = $1 AND state <> 'active' AND query LIKE $2";
+        let query = format!("SELECT data FROM \"{entity}\"%");
+        let start = Instant::now();
+        while self.client.query_opt(text, &[&pid, &query]).await.unwrap().is_none() {
+            assert!(start.elapsed() < SOON, "backend {pid} never answers to {entity}");
+        }
+    }
+
     pub(crate) async fn run(&self, function: &str, pid: i32) {
         let text = format!("SELECT {function}($1::int4)");
         self.client.execute(&text, &[&pid]).await.unwrap_or_else(|error| panic!("{error}"));

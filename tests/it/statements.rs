@@ -82,14 +82,12 @@ async fn without_a_cache_no_statement_is_left_behind_however_its_stream_ends() {
          CREATE VIEW broken_in_plan AS SELECT to_jsonb(1 / 0) AS data; CREATE VIEW number AS SELECT 1 AS data;";
     let database = Database::with(&format!("{ENDLESS} {broken} {}", table_script("t", 10, 0)));
     let mut db = Connection::builder(&database.url).statement_cache(0).connect().await.unwrap();
-    for entity in ["t", "endless", "broken", "broken_in_plan", "number", "nowhere"] {
-        for rows in [0, 1, 1_000] {
-            if let Ok(mut stream) = db.query::<Value>(entity).stream().await {
-                let mut rows = (&mut stream).take(rows);
-                while within(SOON, rows.next()).await.is_some() {}
-            }
-            assert_eq!(kept(&mut db).await, "", "{entity}");
+    let entities = ["t", "endless", "broken", "broken_in_plan", "number", "nowhere"];
+    for (entity, rows) in entities.iter().flat_map(|entity| [0, 1, 1_000].map(|rows| (entity, rows))) {
+        if let Ok(stream) = db.query::<Value>(entity).stream().await {
+            within(SOON, stream.take(rows).count()).await;
         }
+        assert_eq!(kept(&mut db).await, "", "{entity}");
     }
 }
 

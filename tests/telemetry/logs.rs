@@ -77,6 +77,11 @@ fn start_and_heartbeat_are_logged_with_trace_counts_and_verdict_and_nothing_once
     assert_eq!(outcome.stderr, "");
     let received = Received::by(&collector);
 
+    // Of the three streams one is alive when it is time for a heartbeat.
+    let number = |severity| received.logs.iter().filter(|log| log.severity == severity).count();
+    assert_eq!((number("DEBUG"), number("INFO")), (3, 1), "{:#?}", received.logs);
+    assert_eq!(received.logs.len(), 4, "{:#?}", received.logs);
+
     assert_eq!(record(&received, "DEBUG").body, json!("stream started"));
     let heartbeat = record(&received, "INFO");
     for (attribute, value) in [
@@ -90,10 +95,6 @@ fn start_and_heartbeat_are_logged_with_trace_counts_and_verdict_and_nothing_once
     }
     let body = heartbeat.body.as_str().unwrap_or_default();
     assert!(body.starts_with("orders: 1 rows, ") && body.contains("consumer-bound"), "{body}");
-    // Of the three streams one is alive when it is time for a heartbeat.
-    let number = |severity| received.logs.iter().filter(|log| log.severity == severity).count();
-    assert_eq!((number("DEBUG"), number("INFO")), (3, 1), "{:#?}", received.logs);
-    assert_eq!(received.logs.len(), 4, "{:#?}", received.logs);
     let cancel = received.below(received.query("silent"), "cancel");
     assert!(seconds(cancel[0]) > 3.0, "{cancel:#?}");
     // The event of the first row belongs to the span and not to the log.

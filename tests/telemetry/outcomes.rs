@@ -72,7 +72,7 @@ fn assert_outcomes(runtime: &str) {
     let views = LIMITED.map(|(name, _)| (name, 500)).into_iter().chain(rows).map(|(name, rows)| {
         format!("CREATE VIEW {name} AS SELECT jsonb_build_object('id', i) AS data FROM generate_series(1, {rows}) i;")
     });
-    let collector = Collector::start().unwrap();
+    let collector = Collector::start().expect("a collector");
     let scenario =
         Scenario::new("outcomes::streams_left_at_their_last_row", &database(&views.collect::<String>()));
     let outcome = scenario.to(&collector, "http/protobuf").on(runtime).run();
