@@ -184,17 +184,20 @@ impl Sender {
         emptied
     }
 
-    /// Puts the end mark behind the last row. The producer's life ends with it.
-    pub(crate) fn finish(&mut self, end: Result<(), Error>) {
+    /// Puts the end mark behind the last row. The producer's life ends with it. Returns whether the
+    /// consumer is still there.
+    pub(crate) fn finish(&mut self, end: Result<(), Error>) -> bool {
         let ledger = &self.0.gauge.ledger;
         let mut state = self.0.lock();
-        if state.end.is_none() && !state.receiver_gone {
-            ledger.end_producer(ledger.now());
-            state.end = Some(end);
-            let consumer = self.0.arrived(&mut state);
-            drop(state);
-            wake(consumer);
+        if state.receiver_gone {
+            return false;
         }
+        ledger.end_producer(ledger.now());
+        state.end = Some(end);
+        let consumer = self.0.arrived(&mut state);
+        drop(state);
+        wake(consumer);
+        true
     }
 
     /// Waits until the consumer has gone, or has taken the end.
@@ -311,22 +314,17 @@ impl Receiver {
         self.shared.lock().consumer = None;
     }
 
-    /// Returns how the source ended, if rows need not be taken first to know it: a good end is one only when
-    /// nothing lies before it.
-    pub(crate) fn peek_end(&self) -> Option<Ended> {
-        let state = self.shared.lock();
-        match &state.end {
-            Some(Ok(())) if state.chunks.is_empty() => Some(Ended::Well),
-            Some(Err(_)) => Some(Ended::Failed),
-            _ => None,
-        }
-    }
-
-    /// Lets the producer know that nothing more is wanted, and drops what waits. Both lives end here.
-    pub(crate) fn close(&mut self) {
+    /// Lets the producer know that nothing more is wanted, and drops what waits. Both lives end here. Returns how
+    /// the source ended, if that is known without rows that lie before it: a good end is one only when nothing does.
+    pub(crate) fn close(&mut self) -> Option<Ended> {
         let Gauge { ledger, .. } = &*self.shared.gauge;
         let mut state = self.shared.lock();
         state.receiver_gone = true;
+        let end = match &state.end {
+            Some(Ok(())) if state.chunks.is_empty() => Some(Ended::Well),
+            Some(Err(_)) => Some(Ended::Failed),
+            _ => None,
+        };
         ledger.end_consumer(ledger.now());
         ledger.end_producer(ledger.now());
         let rows = std::mem::take(&mut state.chunks);
@@ -336,6 +334,7 @@ impl Receiver {
         drop(state);
         drop(rows);
         wake(producer);
+        end
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::Poll;
 
 use tokio::runtime::Handle;
@@ -189,6 +190,8 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
                 Ok(Parts { receiver, predicate, observer, recorder, unseen_failure, launch })
             }
             Err(error) => {
+                // The caller is given it.
+                unseen_failure.store(false, Ordering::Relaxed);
                 recorder.ended(Some(Err(&error)));
                 Err(error)
             }
@@ -260,7 +263,8 @@ impl Task {
         let statement = match self.prepare().await {
             Ok(Ok(statement)) => statement,
             Ok(Err(error)) => {
-                // Where nobody waits for it, nobody wants the query.
+                // Until whoever waits for it, if anybody does, returns it to the caller.
+                self.lease.failed_unseen();
                 let _ = types.send(Err(error));
                 return;
             }
@@ -286,21 +290,21 @@ impl Task {
         let Self { lease, mut sender, .. } = self;
         let mut rows = match started {
             Ok(Ok(rows)) => rows,
-            Ok(Err(error)) => return sender.finish(Err(error)),
+            Ok(Err(error)) => return end(&lease, &mut sender, Err(error)),
             Err(Cancelled) => return,
         };
         match producer::run(&mut sender, &mut rows, lease.handover()).await {
             Ok(Ok(())) => {
-                sender.finish(Ok(()));
+                end(&lease, &mut sender, Ok(()));
                 lease.finish(rows).await;
             }
             // The server's error has ended the query; any other has not.
             Ok(Err(error)) if error.sqlstate().is_some() => {
-                sender.finish(Err(lease.explain(error).await));
+                end(&lease, &mut sender, Err(lease.explain(error).await));
                 lease.finish(rows).await;
             }
             Ok(Err(error)) => {
-                sender.finish(Err(lease.explain(error).await));
+                end(&lease, &mut sender, Err(lease.explain(error).await));
                 lease.cancel(rows).await;
             }
             Err(_) => lease.cancel(rows).await,
@@ -333,6 +337,14 @@ impl Task {
                 ))),
             Err(error) => Ok(Err(error)),
         }
+    }
+}
+
+/// Sends the end of the rows to the consumer. One that has left does not see a failure.
+fn end(lease: &Lease, sender: &mut Sender, end: Result<()>) {
+    let failed = end.is_err();
+    if !sender.finish(end) && failed {
+        lease.failed_unseen();
     }
 }
 

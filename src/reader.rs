@@ -164,13 +164,12 @@ impl<T: FromJson> Reader<T> {
 
     /// Ends the stream, wherever it is.
     pub(crate) fn end(&mut self) {
-        let end = self.receiver.peek_end().filter(|_| !self.ended);
+        // First the times stand still, then they are recorded.
+        let end = self.receiver.close().filter(|_| !self.ended);
         if end == Some(Ended::Failed) {
             self.unseen_failure.store(true, Ordering::Relaxed);
         }
         let is_complete = end == Some(Ended::Well) && self.held.is_none() && self.chunk.is_used_up();
-        // First the times stand still, then they are recorded.
-        self.receiver.close();
         self.recorder.ended(is_complete.then_some(Ok(())));
         self.ended = true;
         self.producing = Producing::Over;

@@ -243,6 +243,11 @@ impl Lease {
         &self.handover
     }
 
+    /// Notes that a query failed whose error nobody may be given.
+    pub(crate) fn failed_unseen(&self) {
+        self.session.unseen_failure.store(true, Ordering::Relaxed);
+    }
+
     /// Forgets a statement that the server does not accept any more.
     pub(crate) fn forget(&self, text: &str) {
         self.session.statements.remove(text);
@@ -347,7 +352,7 @@ impl Lease {
     async fn cancel_until(&self, end: impl Future<Output = ()>) {
         self.handover.ensure_task().await;
         let session = &self.session;
-        session.unseen_failure.store(true, Ordering::Relaxed);
+        self.failed_unseen();
         let span = tracing::info_span!(
             parent: &self.span.get(),
             "cancel",

@@ -16,4 +16,5 @@ mod rows;
 mod runtime;
 mod server;
 mod stats;
+mod unseen;
 mod verdict;
