@@ -75,7 +75,7 @@ impl Shared {
                 None if state.sender_gone => Taken::Lost,
                 None => return None,
             };
-            ledger.end_consumer(ledger.now());
+            ledger.end_consumer();
             state.receiver_gone = true;
             return Some((end, state.producer.take()));
         };
@@ -192,7 +192,7 @@ impl Sender {
         if state.receiver_gone {
             return false;
         }
-        ledger.end_producer(ledger.now());
+        ledger.end_producer();
         state.end = Some(end);
         let consumer = self.0.arrived(&mut state);
         drop(state);
@@ -216,7 +216,7 @@ impl Drop for Sender {
         let ledger = &self.0.gauge.ledger;
         let mut state = self.0.lock();
         state.sender_gone = true;
-        ledger.end_producer(ledger.now());
+        ledger.end_producer();
         let consumer = if state.end.is_none() { self.0.arrived(&mut state) } else { None };
         drop(state);
         wake(consumer);
@@ -325,8 +325,8 @@ impl Receiver {
             Some(Err(_)) => Some(Ended::Failed),
             _ => None,
         };
-        ledger.end_consumer(ledger.now());
-        ledger.end_producer(ledger.now());
+        ledger.end_consumer();
+        ledger.end_producer();
         let rows = std::mem::take(&mut state.chunks);
         (state.rows, state.bytes) = (0, 0);
         self.shared.gauge.hold(state.rows, state.bytes);
