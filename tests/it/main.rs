@@ -14,6 +14,7 @@ mod null;
 mod relations;
 mod rows;
 mod runtime;
+mod sequences;
 mod server;
 mod stats;
 mod unseen;
