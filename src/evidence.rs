@@ -26,6 +26,8 @@ use crate::watchdog::Watchdog;
 pub(crate) const AT_ONCE: Nanos = 500_000;
 /// How much evidence makes up the near past.
 const RECENT: Nanos = 500_000_000;
+/// One part in this many is a good part of the time.
+const GOOD_PART: Nanos = 8;
 /// How often the consumer has the benefit of the doubt.
 const DOUBTS: u64 = 2;
 /// A consumer that took its time is expected to do so again within this many times that time.
@@ -133,9 +135,14 @@ impl Evidence {
 
     /// Whether there is anything to find out about a wait in which the consumer polls once more.
     pub(crate) fn is_wanted(&self, now: Nanos) -> bool {
-        self.asked_in_wait.load(Ordering::Relaxed) != NEVER
-            || self.watchdog.late_since(self.offset + now).is_some()
+        self.asked_in_wait()
+            || self.overdue_on_one_thread(now).is_some()
             || (self.watchdog.has_one_thread() && self.is_suspect(now))
+    }
+
+    /// Whether the wait that goes on began with a question; else nothing is certain about it.
+    pub(crate) fn asked_in_wait(&self) -> bool {
+        self.asked_in_wait.load(Ordering::Relaxed) != NEVER
     }
 
     /// Of a wait for rows.
@@ -151,13 +158,17 @@ impl Evidence {
 
     /// Of a wait in which the consumer polls once more. If a turn is overdue then, its task was running.
     pub(crate) fn of_wait_up_to_poll(&self, since: Nanos, now: Nanos) -> Whose {
-        match self.watchdog.late_since(self.offset + now) {
-            Some(late) => {
-                let doubtful = now - late.saturating_sub(self.offset).clamp(since, now);
+        match self.overdue_on_one_thread(now) {
+            Some(from) => {
+                let doubtful = now - from.saturating_sub(self.offset).clamp(since, now);
                 Whose { doubtful, ..Whose::default() }
             }
             None => self.of_wait(since, now),
         }
+    }
+
+    fn overdue_on_one_thread(&self, now: Nanos) -> Option<Nanos> {
+        self.watchdog.overdue_since(self.offset + now).filter(|_| self.watchdog.has_one_thread())
     }
 
     /// Of rows that came and were not taken yet.
@@ -176,15 +187,19 @@ impl Evidence {
             // Some thread was free.
             return Whose { own: life, ..Whose::default() };
         }
-        let others = self.late_up_to(since, now);
-        Whose { others, own: life - others, ..Whose::default() }
+        let late = self.late_up_to(since, now);
+        // A turn that has not come yet may be kept from it by the thread that the consumer had until now.
+        let overdue = self.watchdog.overdue_since(self.offset + now);
+        let doubtful =
+            overdue.map_or(0, |from| now - from.saturating_sub(self.offset).clamp(since, now)).min(late);
+        Whose { others: late - doubtful, doubtful, own: life - late }
     }
 
     /// The same where tasks run in the order in which they were woken: `turn` came just before the consumer.
     fn of_delay_in_order(&self, turn: Option<Nanos>, since: Nanos, now: Nanos) -> Whose {
         let life = now.saturating_sub(since);
-        let asked_in_wait = self.asked_in_wait.load(Ordering::Relaxed);
-        if asked_in_wait != NEVER && self.first_turn_after(asked_in_wait).is_none() {
+        let asked = self.asked_in_wait.load(Ordering::Relaxed);
+        if asked != NEVER && self.first_turn_after(asked).is_none() {
             // The consumer has not let go of the thread since.
             return Whose { own: life, ..Whose::default() };
         }
@@ -230,9 +245,7 @@ impl Evidence {
 
     /// Keeps what was found out, for times of doubt.
     pub(crate) fn weigh(&self, whose: &Whose) {
-        let asked =
-            [&self.asked_in_wait, &self.asked_by_rows].iter().any(|at| at.load(Ordering::Relaxed) != NEVER);
-        if !self.watchdog.has_one_thread() || !(asked || whose.doubtful > 0) {
+        if whose.doubtful == 0 && whose.others <= AT_ONCE {
             return;
         }
         let (doubtful, others) = (self.doubtful.load(Ordering::Relaxed), self.others.load(Ordering::Relaxed));
@@ -247,7 +260,7 @@ impl Evidence {
     /// thread for a good part of the time, too.
     pub(crate) fn resolve(&self, whose: Whose) -> Whose {
         let (doubtful, others) = (self.doubtful.load(Ordering::Relaxed), self.others.load(Ordering::Relaxed));
-        let was_others = self.doubts.load(Ordering::Relaxed) < DOUBTS || others * 4 >= doubtful;
+        let was_others = self.doubts.load(Ordering::Relaxed) < DOUBTS || others * GOOD_PART >= doubtful;
         if was_others {
             Whose { others: whose.others + whose.doubtful, doubtful: 0, ..whose }
         } else {

@@ -131,7 +131,9 @@ impl Ledger {
             let until = if state == Consumer::SourceWait { now } else { since + own };
             self.suspect_until.store(until, Ordering::Relaxed);
         }
-        self.evidence.weigh(whose);
+        if self.evidence.asked_in_wait() {
+            self.evidence.weigh(whose);
+        }
         self.enter(state as usize, now, parts);
     }
 

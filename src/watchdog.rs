@@ -225,9 +225,9 @@ impl Watchdog {
         self.has_one_thread
     }
 
-    /// Returns since when a turn is overdue that has not come at `now`, where the only thread runs the caller.
-    pub(crate) fn late_since(&self, now: Nanos) -> Option<Nanos> {
-        if !self.has_one_thread || now <= self.overdue_at.load(Ordering::Relaxed) {
+    /// Returns since when a turn is overdue that has not come at `now`.
+    pub(crate) fn overdue_since(&self, now: Nanos) -> Option<Nanos> {
+        if now <= self.overdue_at.load(Ordering::Relaxed) {
             return None;
         }
         let log = lock(&self.log);
