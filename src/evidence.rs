@@ -95,7 +95,10 @@ impl Evidence {
     pub(crate) fn rows_came(&self, now: Nanos) {
         let is_worth_it =
             if self.watchdog.has_one_thread() { self.is_suspect(now) } else { self.is_slow(now) };
-        self.ask_if(is_worth_it, &self.asked_by_rows, now);
+        self.asked_by_rows.store(if is_worth_it { now } else { NEVER }, Ordering::Relaxed);
+        if is_worth_it {
+            self.watchdog.ask_for_rows(self.offset + now);
+        }
     }
 
     /// The consumer takes rows, for which it let them wait for so long.
@@ -179,7 +182,7 @@ impl Evidence {
         }
         let asked = self.asked_by_rows.load(Ordering::Relaxed) != NEVER;
         // It stands in the run queue just before the consumer.
-        let turn = if asked { self.first_turn_queued_after(since) } else { None };
+        let turn = if asked { self.first_turn_for_rows(since) } else { None };
         if asked && self.watchdog.has_one_thread() {
             return self.of_delay_in_order(turn, since, now);
         }
@@ -283,9 +286,7 @@ impl Evidence {
         self.watchdog.first_turn_after(self.offset + moment).map(|turn| turn.saturating_sub(self.offset))
     }
 
-    fn first_turn_queued_after(&self, moment: Nanos) -> Option<Nanos> {
-        self.watchdog
-            .first_turn_queued_after(self.offset + moment)
-            .map(|turn| turn.saturating_sub(self.offset))
+    fn first_turn_for_rows(&self, moment: Nanos) -> Option<Nanos> {
+        self.watchdog.first_turn_for_rows(self.offset + moment).map(|turn| turn.saturating_sub(self.offset))
     }
 }

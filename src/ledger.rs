@@ -408,7 +408,7 @@ mod tests {
             test.ledger.take(Consumer::Overlap, start + 40 * MS);
         }
         let [_, scheduled, _, backlog, _] = test.read();
-        assert!((60..80).contains(&scheduled) && backlog >= 60, "{scheduled}, {backlog}");
+        assert!(scheduled >= 60 && backlog >= 30, "{scheduled}, {backlog}");
     }
 
     #[test]

@@ -33,16 +33,14 @@ pub(crate) struct Watchdog {
     overdue_at: AtomicU64,
     /// The end of the latest interval in `Log::late`.
     last_late: AtomicU64,
-    /// Since when a turn waits in the run queue that a stream asked for; `NEVER` if none does.
-    queued: AtomicU64,
-    /// When a turn was last asked for.
-    asked: AtomicU64,
+    /// Turns that consumers ask for, and turns that rows ask for: each has its own place in the run queue.
+    by_consumers: Bell,
+    by_rows: Bell,
     /// Up to then the timer is near, as waits are long.
     watch_until: AtomicU64,
     /// Up to then it is as near as can be, as the runtime was late.
     alert_until: AtomicU64,
     log: Mutex<Log>,
-    wake: Notify,
     streams: AtomicUsize,
     chores: Mutex<Vec<Due>>,
     /// No chore is due before.
@@ -60,8 +58,17 @@ struct Log {
     late_from: Nanos,
     late: VecDeque<Late>,
     last_turn: Nanos,
-    /// Those that were asked for.
-    turns: VecDeque<Turn>,
+}
+
+/// A way to ask for a turn.
+#[derive(Debug)]
+struct Bell {
+    /// Since when a turn waits in the run queue; `NEVER` if none does.
+    queued: AtomicU64,
+    /// When a turn was last asked for.
+    asked: AtomicU64,
+    turns: Mutex<VecDeque<Turn>>,
+    wake: Notify,
 }
 
 /// An interval in which the runtime was late for `total`.
@@ -116,6 +123,8 @@ impl Watchdog {
         let watchdog = Arc::new(Self::new(Clock::start(), has_one_thread));
         all.insert(runtime.id(), Arc::downgrade(&watchdog));
         runtime.spawn(Task(Arc::clone(&watchdog)).run());
+        let answering = Arc::clone(&watchdog);
+        runtime.spawn(async move { answering.answer_rows().await });
         watchdog
     }
 
@@ -125,12 +134,11 @@ impl Watchdog {
             has_one_thread,
             overdue_at: AtomicU64::new(NEVER),
             last_late: AtomicU64::new(0),
-            queued: AtomicU64::new(NEVER),
-            asked: AtomicU64::new(0),
+            by_consumers: Bell::default(),
+            by_rows: Bell::default(),
             watch_until: AtomicU64::new(0),
             alert_until: AtomicU64::new(0),
             log: Mutex::default(),
-            wake: Notify::new(),
             streams: AtomicUsize::new(0),
             chores: Mutex::default(),
             next_chore: AtomicU64::new(NEVER),
@@ -175,7 +183,7 @@ impl Watchdog {
         let wakes =
             until < now + span / 2 && self.watch_until.fetch_max(now + span, Ordering::Relaxed) <= now;
         wakes.then(|| {
-            self.wake.notify_one();
+            self.by_consumers.wake.notify_one();
             now
         })
     }
@@ -196,12 +204,14 @@ impl Watchdog {
         now < self.alert_until.load(Ordering::Relaxed)
     }
 
-    /// Asks for a turn, which takes its place in the run queue now.
+    /// Asks for a turn, which takes its place in the run queue behind a consumer that runs now.
     pub(crate) fn ask(&self, now: Nanos) {
-        self.asked.store(now, Ordering::Relaxed);
-        if self.queued.compare_exchange(NEVER, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
-            self.wake.notify_one();
-        }
+        self.by_consumers.ring(now);
+    }
+
+    /// Asks for a turn, which takes its place just before a consumer that is woken next.
+    pub(crate) fn ask_for_rows(&self, now: Nanos) {
+        self.by_rows.ring(now);
     }
 
     /// Returns for how long the runtime is known to have been late between two moments.
@@ -236,20 +246,18 @@ impl Watchdog {
 
     /// Returns when the first turn ran after `moment`.
     pub(crate) fn first_turn_after(&self, moment: Nanos) -> Option<Nanos> {
-        let log = lock(&self.log);
         // If it was not one that was asked for, it was the last.
-        let last = Some(log.last_turn).filter(|ran| *ran > moment);
-        log.first_turn(|turn| turn.ran > moment).or(last)
+        let last = Some(lock(&self.log).last_turn).filter(|ran| *ran > moment);
+        self.by_consumers.first_turn(|turn| turn.ran > moment).or(last)
     }
 
-    /// Returns when the first turn ran that took its place in the run queue at `moment` or later.
-    pub(crate) fn first_turn_queued_after(&self, moment: Nanos) -> Option<Nanos> {
-        lock(&self.log).first_turn(|turn| turn.queued >= moment)
+    /// Returns when the first turn ran that rows asked for at `moment` or later.
+    pub(crate) fn first_turn_for_rows(&self, moment: Nanos) -> Option<Nanos> {
+        self.by_rows.first_turn(|turn| turn.queued >= moment)
     }
 
-    /// The task has its turn at `now`, for which it waited in the run queue since `queued` if a stream asked for
-    /// it. Returns when the next is due, or `NEVER` if no stream is alive.
-    fn turn(&self, queued: Nanos, now: Nanos) -> Nanos {
+    /// The task has its turn; returns when the next is due, or `NEVER` if no stream is alive.
+    fn turn(&self, now: Nanos) -> Nanos {
         let mut log = lock(&self.log);
         if log.is_late(now) {
             // One such turn may be the operating system's; from the second on the runtime is suspect.
@@ -261,9 +269,6 @@ impl Watchdog {
             self.last_late.store(now, Ordering::Relaxed);
         }
         log.last_turn = now;
-        if queued != NEVER {
-            push(&mut log.turns, Turn { queued, ran: now }, Self::LOGGED);
-        }
         let period = self.period(now);
         let is_idle = period == Self::FAR && self.streams.load(Ordering::Relaxed) == 0;
         self.set_due(&mut log, now, if is_idle { NEVER } else { period });
@@ -273,7 +278,10 @@ impl Watchdog {
     /// A turn at this moment, for tests.
     #[cfg(test)]
     pub(crate) fn turn_now(&self) {
-        self.turn(self.queued.swap(NEVER, Ordering::Relaxed), self.clock.now());
+        let now = self.clock.now();
+        self.by_consumers.answer(now);
+        self.by_rows.answer(now);
+        self.turn(now);
     }
 
     fn period(&self, now: Nanos) -> Nanos {
@@ -347,9 +355,45 @@ impl Log {
         let running = if self.is_late(to) { to.saturating_sub(self.late_from.max(from)) } else { 0 };
         (logged + running).min(to.saturating_sub(from))
     }
+}
+
+impl Default for Bell {
+    fn default() -> Self {
+        Self {
+            queued: AtomicU64::new(NEVER),
+            asked: AtomicU64::new(0),
+            turns: Mutex::default(),
+            wake: Notify::new(),
+        }
+    }
+}
+
+impl Bell {
+    fn ring(&self, now: Nanos) {
+        self.asked.store(now, Ordering::Relaxed);
+        if self.queued.compare_exchange(NEVER, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            self.wake.notify_one();
+        }
+    }
+
+    /// A turn has come, if one was asked for. Returns whether it was asked for once more while it waited: that one
+    /// is to stand behind whom it is asked about.
+    fn answer(&self, now: Nanos) -> bool {
+        let queued = self.queued.swap(NEVER, Ordering::Relaxed);
+        if queued == NEVER {
+            return false;
+        }
+        push(&mut lock(&self.turns), Turn { queued, ran: now }, Watchdog::LOGGED);
+        let asked = self.asked.load(Ordering::Relaxed);
+        let again = asked > queued;
+        if again {
+            self.queued.store(asked.max(now), Ordering::Relaxed);
+        }
+        again
+    }
 
     fn first_turn(&self, is_after: impl Fn(&Turn) -> bool) -> Option<Nanos> {
-        self.turns.iter().rev().take_while(|turn| is_after(turn)).last().map(|turn| turn.ran)
+        lock(&self.turns).iter().rev().take_while(|turn| is_after(turn)).last().map(|turn| turn.ran)
     }
 }
 
@@ -368,24 +412,34 @@ struct Task(Arc<Watchdog>);
 impl Task {
     async fn run(self) {
         let watchdog = &self.0;
+        let bell = &watchdog.by_consumers;
         loop {
             let now = watchdog.clock.now();
-            let queued = watchdog.queued.swap(NEVER, Ordering::Relaxed);
-            let due = watchdog.turn(queued, now);
+            let again = bell.answer(now);
+            let due = watchdog.turn(now);
             watchdog.do_chores(now);
-            let asked = watchdog.asked.load(Ordering::Relaxed);
-            if queued != NEVER && asked > queued {
-                // Asked for once more while it waited already: that one is to stand behind whom it is asked about.
-                watchdog.queued.store(asked.max(now), Ordering::Relaxed);
+            if again {
                 to_the_end_of_the_run_queue().await;
             } else if due == NEVER {
-                watchdog.wake.notified().await;
+                bell.wake.notified().await;
             } else {
                 let left = Duration::from_nanos(due.saturating_sub(now));
                 tokio::select! {
                     () = sleep(left) => {}
-                    () = watchdog.wake.notified() => {}
+                    () = bell.wake.notified() => {}
                 }
+            }
+        }
+    }
+}
+
+impl Watchdog {
+    /// A task beside the other, so that what rows ask for does not wait for what consumers asked for.
+    async fn answer_rows(&self) {
+        loop {
+            self.by_rows.wake.notified().await;
+            while self.by_rows.answer(self.clock.now()) {
+                to_the_end_of_the_run_queue().await;
             }
         }
     }

@@ -95,7 +95,7 @@ fn a_consumer_that_blocks_its_thread_while_it_waits_for_rows_is_consumer_bound()
     // A stint of 200 ms, twice or three times in a short life, might be anybody's. So might a stint of a task that
     // a timer of its own wakes, and that does not poll the stream before.
     let in_doubt = [
-        cases(&[CurrentThread], &ways, &BLOCKING[2..], NotTheSource),
+        cases(&[CurrentThread], &[READY_CHUNKS_1000, JOINED_WITH_CPU_WORK], &BLOCKING[2..], NotTheSource),
         cases(&[CurrentThread], &[SELECT_FLUSH], &BLOCKING, NotTheSource),
     ];
     check(&[on_two_threads, on_one_thread, in_doubt.concat()].concat());
