@@ -156,7 +156,7 @@ impl Sender {
         Poll::Pending
     }
 
-    /// The producer goes over into a task, which the consumer's thread is to run.
+    /// The producer is about to move into a task, which the consumer's thread has to run.
     pub(crate) fn leave(&mut self) {
         let state = self.0.lock();
         let ledger = &self.0.gauge.ledger;
@@ -300,7 +300,7 @@ impl Receiver {
         ledger.consumer(next(&state), ledger.now());
     }
 
-    /// The caller goes on when it is polled again, and only lets others have their turn.
+    /// The caller yields although it could continue.
     pub(crate) fn yield_thread(&mut self) {
         let state = self.shared.lock();
         self.shared.gauge.ledger.yield_thread(state.is_empty());

@@ -24,11 +24,11 @@ use crate::watchdog::Watchdog;
 /// A consumer that comes for rows within this time takes them at once: that is how long a runtime that is well
 /// may take to run a task that is ready.
 pub(crate) const AT_ONCE: Nanos = 500_000;
-/// How much evidence makes up the near past.
+/// The amount of evidence that is remembered.
 const RECENT: Nanos = 500_000_000;
-/// One part in this many is a good part of the time.
+/// Others keep the thread for a good part of the time if it is at least one part in this many.
 const GOOD_PART: Nanos = 8;
-/// How often the consumer has the benefit of the doubt.
+/// How many doubtful periods are attributed to others without evidence.
 const DOUBTS: u64 = 2;
 /// A consumer that took its time is expected to do so again within this many times that time.
 const SLOW_AGAIN: Nanos = 2;
@@ -49,13 +49,13 @@ pub(crate) struct Evidence {
     slow_until: AtomicU64,
     /// Since when the producer waits to run because the consumer woke it; `NEVER` if it does not.
     producer_woken: AtomicU64,
-    /// In the near past, how long the consumer may have kept the only thread, and how long others surely did.
+    /// The remembered evidence: how long the consumer may have kept the only thread, and how long others did.
     doubtful: AtomicU64,
     others: AtomicU64,
     doubts: AtomicU64,
 }
 
-/// What some time is put down to; what is left of it is nobody's of these.
+/// Whom a period of time is attributed to. The rest of the period belongs to neither.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Whose {
     /// The consumer's own task.
@@ -101,13 +101,13 @@ impl Evidence {
         }
     }
 
-    /// The consumer takes rows, for which it let them wait for so long.
+    /// The consumer takes rows that waited for it for `delay`.
     pub(crate) fn rows_taken(&self, delay: Nanos, now: Nanos) {
         self.note_pace(delay, now);
         self.ask_if(self.watchdog.has_one_thread() && self.is_slow(now), &self.asked_in_hand, now);
     }
 
-    /// The consumer lets others have their turn.
+    /// The consumer yields; no question that it asked counts any more.
     pub(crate) fn forget(&self) {
         for asked in [&self.asked_in_wait, &self.asked_by_rows, &self.asked_in_hand] {
             asked.store(NEVER, Ordering::Relaxed);
@@ -136,14 +136,14 @@ impl Evidence {
         self.is_slow(now) || self.watchdog.is_alert(self.offset + now)
     }
 
-    /// Whether there is anything to find out about a wait in which the consumer polls once more.
+    /// Whether a further poll in the current wait is evidence of anything.
     pub(crate) fn is_wanted(&self, now: Nanos) -> bool {
         self.asked_in_wait()
             || self.overdue_on_one_thread(now).is_some()
             || (self.watchdog.has_one_thread() && self.is_suspect(now))
     }
 
-    /// Whether the wait that goes on began with a question; else nothing is certain about it.
+    /// Whether a turn was asked for when the current wait began; if not, nothing is certain about it.
     pub(crate) fn asked_in_wait(&self) -> bool {
         self.asked_in_wait.load(Ordering::Relaxed) != NEVER
     }
@@ -246,7 +246,7 @@ impl Evidence {
         self.producer_woken.store(NEVER, Ordering::Relaxed);
     }
 
-    /// Keeps what was found out, for times of doubt.
+    /// Remembers the evidence, for the periods that are doubtful.
     pub(crate) fn weigh(&self, whose: &Whose) {
         if whose.doubtful == 0 && whose.others <= AT_ONCE {
             return;
@@ -259,8 +259,8 @@ impl Evidence {
         add(&self.doubts, u64::from(whose.doubtful > AT_ONCE));
     }
 
-    /// Puts what is doubtful down to others until there have been some doubts, and then if others surely kept the
-    /// thread for a good part of the time, too.
+    /// Attributes what is doubtful: to others the first times, and later as long as others were seen to keep the
+    /// thread for a good part of the time.
     pub(crate) fn resolve(&self, whose: Whose) -> Whose {
         let (doubtful, others) = (self.doubtful.load(Ordering::Relaxed), self.others.load(Ordering::Relaxed));
         let was_others = self.doubts.load(Ordering::Relaxed) < DOUBTS || others * GOOD_PART >= doubtful;
@@ -271,7 +271,7 @@ impl Evidence {
         }
     }
 
-    /// Whether what is doubtful is the consumer's from the first time on, for tests.
+    /// Attributes what is doubtful to the consumer from the first time on, for tests.
     #[cfg(test)]
     pub(crate) fn give_no_benefit_of_the_doubt(&self, none: bool) {
         self.doubts.store(if none { DOUBTS } else { 0 }, Ordering::Relaxed);

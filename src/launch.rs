@@ -1,8 +1,7 @@
 //! `Launch`: what produces a stream's rows, run by the consumer's own polls until a task of its own pays.
 //!
-//! A short result is there with the first answer of Postgres. For that no task is spawned and no row changes
-//! threads: the consumer, who waits anyway, reads it. All that takes longer, or needs timers and sockets, goes
-//! over into a task.
+//! A short result arrives with the first answer of Postgres. It needs no task, and no row changes threads: the
+//! consumer, which waits anyway, reads it. Whatever takes longer, or needs timers and sockets, moves into a task.
 
 use std::fmt;
 use std::pin::Pin;
@@ -18,7 +17,8 @@ use crate::watchdog::{Chore, Watchdog};
 
 pub(crate) type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// The work of one stream. Dropped, it goes on in a task until it has found out and cleaned up.
+/// The work of one stream. If this is dropped before the work is done, the work finishes in a task, clean-up
+/// included.
 #[derive(Debug)]
 pub(crate) struct Launch(Arc<Inner>);
 
@@ -61,7 +61,7 @@ impl Launch {
         slot.is_some()
     }
 
-    /// Lets the work go on by itself.
+    /// Moves the work into a task.
     pub(crate) fn hand_over(&self) {
         let work = lock(&self.0.work).take();
         self.0.spawn(work);
@@ -85,8 +85,8 @@ impl Inner {
 }
 
 impl Chore for Inner {
-    /// A consumer that waits for long, or is busy elsewhere, needs a task that fills the channel; and whoever
-    /// watches a stream that lives for long wants to hear of it now and then.
+    /// The first time, moves the work into a task: its consumer waits for long, or is busy elsewhere. Later, logs the
+    /// heartbeat.
     fn run(&self) -> Option<Duration> {
         if self.is_old.swap(true, Ordering::Relaxed) {
             self.heartbeat.log();

@@ -121,7 +121,7 @@ impl Ledger {
         }
     }
 
-    /// Puts the wait that goes on down to whom it belongs, and enters a state.
+    /// Attributes the current wait and enters a state.
     fn end_wait(&self, state: Consumer, whose: &Whose, now: Nanos) {
         let since = self.consumer.since();
         let parts = self.parts_of_wait(*whose, now);
@@ -161,7 +161,7 @@ impl Ledger {
         self.suspect.store(0, Ordering::Relaxed);
     }
 
-    /// The consumer could go on, and only lets others have their turn. Call under the channel's lock.
+    /// The consumer yields although it could continue. Call under the channel's lock.
     pub(crate) fn yield_thread(&self, is_empty: bool) {
         self.consumer(if is_empty { Consumer::SourceWait } else { Consumer::Woken }, self.now());
         self.evidence.forget();
@@ -240,7 +240,7 @@ impl Ledger {
         self.window.mark(&self.consumer, now);
     }
 
-    /// What the time in the consumer's running state is put down to.
+    /// How the time in the consumer's current state is attributed up to `now`.
     fn running(&self, now: Nanos) -> [Nanos; STATES] {
         let since = self.consumer.since();
         let life = now.saturating_sub(since);

@@ -24,7 +24,7 @@ impl<const N: usize> Partition<N> {
         }
     }
 
-    /// Enters a state; `parts` are what the time in the one before is put down to.
+    /// Enters a state; `parts` are how the time in the previous one is attributed.
     pub(crate) fn enter(&self, state: usize, now: Nanos, parts: [Nanos; N]) {
         if self.is(OVER) {
             return;
@@ -46,7 +46,7 @@ impl<const N: usize> Partition<N> {
         self.since.load(Ordering::Relaxed)
     }
 
-    /// The running state's time up to now, all of it put down to that state.
+    /// The time in the current state up to `now`, all of it attributed to that state.
     pub(crate) fn running(&self, now: Nanos) -> [Nanos; N] {
         let mut parts = [0; N];
         if let Some(part) = parts.get_mut(self.state.load(Ordering::Relaxed)) {
@@ -59,7 +59,7 @@ impl<const N: usize> Partition<N> {
         std::array::from_fn(|i| self.sums[i].load(Ordering::Relaxed) + running[i])
     }
 
-    /// Puts time down to another state that was put down to `from`, at most what there is.
+    /// Moves time from one state to another, at most what there is.
     pub(crate) fn shift(&self, from: usize, to: usize, time: Nanos) {
         let sum = self.sums[from].load(Ordering::Relaxed);
         let moved = time.min(sum);

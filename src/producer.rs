@@ -13,7 +13,7 @@ use crate::source::Source;
 /// that came before is in the channel. `Closed` says that the consumer left first.
 ///
 /// Room is asked for before rows are read, so what is read can always be sent and at most one row waits
-/// outside of the channel's bounds. If there is more than one chunk, it goes on in a task.
+/// outside of the channel's bounds. Moves into a task if there is more than one chunk.
 pub(crate) async fn run(
     sender: &mut Sender,
     source: &mut impl Source,

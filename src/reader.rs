@@ -211,7 +211,7 @@ impl<T: FromJson> Reader<T> {
         };
     }
 
-    /// A poll begins that the chunk in hand cannot serve, unless one goes on already.
+    /// Begins a poll that the chunk in hand cannot serve, unless one is under way.
     fn polling(&mut self) -> Nanos {
         if let Some(polled) = self.polled {
             return polled;

@@ -168,7 +168,7 @@ impl Watchdog {
         self.streams.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// A stream waited for so long.
+    /// A stream waited for `waited`.
     pub(crate) fn record_wait(&self, waited: Nanos) {
         if waited >= Self::LONG_WAIT {
             let _ = self.watch(waited.saturating_mul(8).min(Self::LONGEST_WATCH));
