@@ -311,15 +311,10 @@ impl Receiver {
         self.shared.lock().consumer = None;
     }
 
-    /// Returns how the source ended, if rows need not be taken first to know it: a good end is one only when
-    /// nothing lies before it.
-    pub(crate) fn peek_end(&self) -> Option<Ended> {
+    /// Whether nothing is left to take but a good end.
+    pub(crate) fn is_complete(&self) -> bool {
         let state = self.shared.lock();
-        match &state.end {
-            Some(Ok(())) if state.chunks.is_empty() => Some(Ended::Well),
-            Some(Err(_)) => Some(Ended::Failed),
-            _ => None,
-        }
+        state.chunks.is_empty() && matches!(state.end, Some(Ok(())))
     }
 
     /// Lets the producer know that nothing more is wanted, and drops what waits. Both lives end here.
@@ -337,13 +332,6 @@ impl Receiver {
         drop(rows);
         wake(producer);
     }
-}
-
-/// How a source ended whose end was not taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Ended {
-    Well,
-    Failed,
 }
 
 /// The consumer has rows in its hands: does anything wait behind them?

@@ -65,8 +65,8 @@ pub enum ErrorKind {
         row: u64,
     },
     /// The transaction that is open on the connection is aborted: a stream in it was dropped before its end, which
-    /// cancelled its query. Nothing was sent. Reported once, by whatever uses the connection next; run `ROLLBACK`,
-    /// or `ROLLBACK TO` a savepoint set before the stream.
+    /// cancelled its query, or before its error was read. Nothing was sent. Reported once, by whatever uses the
+    /// connection next; run `ROLLBACK`, or `ROLLBACK TO` a savepoint set before the stream.
     TransactionAborted,
     /// The task that reads from Postgres ended early: it panicked, or its runtime was shut down.
     Lost,
@@ -154,7 +154,7 @@ impl Error {
     }
 
     pub(crate) fn transaction_aborted() -> Self {
-        let message = "the open transaction is aborted: a stream in it was dropped before its end, which cancelled its query; run ROLLBACK, or ROLLBACK TO a savepoint set before the stream (to stop early and keep the transaction, end the stream with drain())";
+        let message = "the open transaction is aborted: a stream in it was dropped before its end or before its error was read; run ROLLBACK, or ROLLBACK TO a savepoint set before the stream (to stop early and keep the transaction, end the stream with drain())";
         Self::new(ErrorKind::TransactionAborted, message)
     }
 

@@ -140,7 +140,15 @@ impl Handover {
     /// That of a work which is in a task already.
     #[cfg(test)]
     pub(crate) fn done() -> Self {
-        Self(Arc::new(AtomicU8::new(IN_TASK)))
+        let handover = Self::default();
+        handover.enter_task();
+        handover
+    }
+
+    /// The work is in a task from here on.
+    #[cfg(test)]
+    pub(crate) fn enter_task(&self) {
+        self.0.store(IN_TASK, Ordering::Relaxed);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::Poll;
 
 use tokio::runtime::Handle;
@@ -168,16 +169,17 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
         let heartbeat = Heartbeat::new(observer.clone(), recorder.span().clone());
         let launch = |work: Work| Launch::new(runtime, watchdog, (work, handover), heartbeat);
 
-        let statement = session.statement(&text);
+        let kept = session.statement(&text).and_then(|statement| {
+            // Values that do not fit may fit when it is prepared again: the types of its parameters can change.
+            let values = postgres::encode(&self.values, statement.params()).ok()?;
+            Some((statement, values))
+        });
         let unseen_failure = Arc::clone(session.unseen_failure());
         // The task alone keeps the session from here on, until it gives back the turn.
         drop(session);
         let task = Task { lease, text, sender };
-        let launched = match statement {
-            Some(statement) => {
-                let values = postgres::encode(&self.values, statement.params());
-                values.map(|values| launch(Box::pin(task.query(statement, values))))
-            }
+        let launched = match kept {
+            Some((statement, values)) => Ok(launch(Box::pin(task.query(statement, values)))),
             None => prepare(task, launch, &mut receiver, &self.values).await,
         };
         match launched {
@@ -189,6 +191,9 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
                 Ok(Parts { receiver, predicate, observer, recorder, unseen_failure, launch })
             }
             Err(error) => {
+                if error.sqlstate().is_some() {
+                    unseen_failure.store(false, Ordering::Relaxed);
+                }
                 recorder.ended(Some(Err(&error)));
                 Err(error)
             }
@@ -260,6 +265,7 @@ impl Task {
         let statement = match self.prepare().await {
             Ok(Ok(statement)) => statement,
             Ok(Err(error)) => {
+                self.lease.fails(&error);
                 // Where nobody waits for it, nobody wants the query.
                 let _ = types.send(Err(error));
                 return;
@@ -286,7 +292,10 @@ impl Task {
         let Self { lease, mut sender, .. } = self;
         let mut rows = match started {
             Ok(Ok(rows)) => rows,
-            Ok(Err(error)) => return sender.finish(Err(error)),
+            Ok(Err(error)) => {
+                lease.fails(&error);
+                return sender.finish(Err(error));
+            }
             Err(Cancelled) => return,
         };
         match producer::run(&mut sender, &mut rows, lease.handover()).await {
@@ -296,6 +305,7 @@ impl Task {
             }
             // The server's error has ended the query; any other has not.
             Ok(Err(error)) if error.sqlstate().is_some() => {
+                lease.fails(&error);
                 sender.finish(Err(lease.explain(error).await));
                 lease.finish(rows).await;
             }

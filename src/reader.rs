@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
-use crate::channel::{Ended, Occupancy, Receiver, Taken};
+use crate::channel::{Occupancy, Receiver, Taken};
 use crate::chunk::Chunk;
 use crate::decode::{FromJson, InHand, Sampler};
 use crate::error::{Error, Result};
@@ -164,11 +164,7 @@ impl<T: FromJson> Reader<T> {
 
     /// Ends the stream, wherever it is.
     pub(crate) fn end(&mut self) {
-        let end = self.receiver.peek_end().filter(|_| !self.ended);
-        if end == Some(Ended::Failed) {
-            self.unseen_failure.store(true, Ordering::Relaxed);
-        }
-        let is_complete = end == Some(Ended::Well) && self.held.is_none() && self.chunk.is_used_up();
+        let is_complete = self.receiver.is_complete() && self.held.is_none() && self.chunk.is_used_up();
         // First the times stand still, then they are recorded.
         self.receiver.close();
         self.recorder.ended(is_complete.then_some(Ok(())));
@@ -241,7 +237,11 @@ impl<T: FromJson> Reader<T> {
         let end =
             end.map_err(|error| error.of_entity(&self.observer.entity).with_stats(self.observer.stats()));
         self.recorder.ended(Some(end.as_ref().copied()));
-        end.err()
+        let error = end.err();
+        if error.as_ref().is_some_and(|error| error.sqlstate().is_some()) {
+            self.unseen_failure.store(false, Ordering::Relaxed);
+        }
+        error
     }
 
     fn take_chunk(&mut self, chunk: Chunk, (occupancy, found_none): (Occupancy, bool), now: Nanos) {

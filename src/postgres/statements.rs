@@ -46,11 +46,12 @@ impl Statements {
         let mut entries = self.lock();
         entries.uses += 1;
         let last_use = entries.uses;
+        let replaced = entries.by_text.remove(text);
         let evicted = if entries.by_text.len() < self.capacity { None } else { entries.evict() };
         entries.by_text.insert(Arc::from(text), Entry { statement: statement.clone(), last_use });
         drop(entries);
-        // Closes it on the server.
-        drop(evicted);
+        // Closes them on the server.
+        drop((replaced, evicted));
     }
 
     pub(super) fn remove(&self, text: &str) {
