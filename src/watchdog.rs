@@ -43,7 +43,7 @@ pub(crate) struct Watchdog {
     log: Mutex<Log>,
     streams: AtomicUsize,
     chores: Mutex<Vec<Due>>,
-    /// No chore is due before.
+    /// No chore is due before. Changes under the lock of `chores` only.
     next_chore: AtomicU64,
     /// The task is gone, and with it its runtime.
     is_gone: AtomicBool,
@@ -295,7 +295,8 @@ impl Watchdog {
     }
 
     fn push_chore(&self, due: Nanos, chore: Weak<dyn Chore>) {
-        lock(&self.chores).push((due, chore));
+        let mut chores = lock(&self.chores);
+        chores.push((due, chore));
         self.next_chore.fetch_min(due, Ordering::Relaxed);
     }
 
@@ -303,11 +304,12 @@ impl Watchdog {
         if now < self.next_chore.load(Ordering::Relaxed) {
             return;
         }
-        let (due, later): (Vec<_>, Vec<_>) = std::mem::take(&mut *lock(&self.chores))
-            .into_iter()
-            .filter(|(_, chore)| chore.strong_count() > 0)
-            .partition(|(due, _)| *due <= now);
+        let mut chores = lock(&self.chores);
+        let all = std::mem::take(&mut *chores);
         self.next_chore.store(NEVER, Ordering::Relaxed);
+        drop(chores);
+        let (due, later): (Vec<_>, Vec<_>) =
+            all.into_iter().filter(|(_, chore)| chore.strong_count() > 0).partition(|(due, _)| *due <= now);
         for (due, chore) in later {
             self.push_chore(due, chore);
         }
@@ -481,5 +483,52 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl std::fmt::Debug for Watchdog {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Watchdog").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Counts its runs.
+    #[derive(Default)]
+    struct Count(AtomicUsize);
+
+    impl Chore for Count {
+        fn run(&self) -> Option<Duration> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            None
+        }
+    }
+
+    #[test]
+    fn a_chore_that_is_added_while_others_are_done_is_not_forgotten() {
+        const ROUNDS: usize = 20_000;
+        let watchdog = Watchdog::new(Clock::start(), false);
+        let count = Arc::new(Count::default());
+        let chore: Weak<dyn Chore> = Arc::<Count>::downgrade(&count);
+        let done = || count.0.load(Ordering::Relaxed);
+        let start = std::time::Instant::now();
+        let wait_for = |runs| {
+            while done() < runs && start.elapsed() < Duration::from_secs(20) {
+                std::thread::yield_now();
+            }
+        };
+        // Two that add one each, and wait until both are done.
+        let add = || {
+            for round in 1..=ROUNDS {
+                watchdog.push_chore(1, Weak::clone(&chore));
+                wait_for(2 * round);
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(add);
+            scope.spawn(add);
+            while done() < 2 * ROUNDS && start.elapsed() < Duration::from_secs(20) {
+                watchdog.do_chores(1);
+                std::thread::yield_now();
+            }
+        });
+        assert_eq!(done(), 2 * ROUNDS);
     }
 }
