@@ -214,12 +214,26 @@ impl Ledger {
         self.write(|| self.producer.enter(state as usize, now, self.producer.running(now)));
     }
 
-    pub(crate) fn end_consumer(&self, now: Nanos) {
-        self.write(|| self.enter(OVER, now, self.running(now)));
+    /// The consumer's half is over. Call under the channel's lock.
+    pub(crate) fn end_consumer(&self) {
+        self.write(|| {
+            let now = self.end_of_life();
+            self.enter(OVER, now, self.running(now));
+        });
     }
 
-    pub(crate) fn end_producer(&self, now: Nanos) {
-        self.write(|| self.producer.enter(OVER, now, self.producer.running(now)));
+    /// The producer's half is over. Call under the channel's lock.
+    pub(crate) fn end_producer(&self) {
+        self.write(|| {
+            let now = self.end_of_life();
+            self.producer.enter(OVER, now, self.producer.running(now));
+        });
+    }
+
+    /// The time, from when on readers have to read again: none has seen more of the life than there is.
+    fn end_of_life(&self) -> Nanos {
+        fence(Ordering::SeqCst);
+        self.now()
     }
 
     pub(crate) fn consumer_is(&self, state: Consumer) -> bool {
@@ -428,15 +442,40 @@ mod tests {
         ledger.consumer(Consumer::Backlog, 16 * MS);
         ledger.producer(Producer::Room, 20 * MS);
         ledger.consumer(Consumer::Paused, 40 * MS);
-        ledger.end_producer(50 * MS);
+        hand.store(50 * MS, Ordering::Relaxed);
+        ledger.end_producer();
         hand.store(70 * MS, Ordering::Relaxed);
         let times = ledger.read();
         assert_eq!(times.consumer, [5 * MS, MS, 10 * MS, 24 * MS, 30 * MS]);
         assert_eq!(times.producer, [20 * MS, 30 * MS]);
         assert_eq!(times.at, 70 * MS);
-        ledger.end_consumer(70 * MS);
+        ledger.end_consumer();
         hand.store(90 * MS, Ordering::Relaxed);
         assert_eq!(ledger.read().at, 70 * MS, "an ended life stands still");
+    }
+
+    #[test]
+    fn no_reader_sees_a_life_longer_than_it_is_at_its_end() {
+        let clock = Clock::start();
+        let watchdog = Arc::new(Watchdog::new(clock.clone(), false));
+        for _ in 0..5_000 {
+            let ledger = Ledger::new(clock.clone(), Arc::clone(&watchdog));
+            let is_read = AtomicU64::new(0);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let mut longest = 0;
+                    while !ledger.is_ended() {
+                        longest = ledger.read().at.max(longest);
+                        is_read.fetch_add(1, Ordering::Relaxed);
+                    }
+                    assert!(ledger.read().at >= longest, "{} after {longest}", ledger.read().at);
+                });
+                while is_read.load(Ordering::Relaxed) < 3 {
+                    std::thread::yield_now();
+                }
+                ledger.end_consumer();
+            });
+        }
     }
 
     #[test]
