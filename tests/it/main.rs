@@ -19,6 +19,7 @@ mod proxy;
 mod relations;
 mod rows;
 mod runtime;
+mod sequences;
 mod server;
 mod statements;
 mod stats;
