@@ -324,7 +324,7 @@ impl Ledger {
     }
 
     /// Reads again while a writer was in between. A writer holds the version for some nanoseconds; one that
-    /// was put to sleep there must not hold up the reader, who then takes what is there.
+    /// was put to sleep there gets the reader's core, but must not hold it up: the reader then takes what is there.
     fn consistent<T>(&self, read: impl Fn() -> T) -> T {
         for _ in 0..64 {
             let before = self.version.load(Ordering::Acquire);
@@ -333,7 +333,7 @@ impl Ledger {
             if before.is_multiple_of(2) && self.version.load(Ordering::Relaxed) == before {
                 return value;
             }
-            std::hint::spin_loop();
+            std::thread::yield_now();
         }
         read()
     }
@@ -454,6 +454,12 @@ mod tests {
         assert_eq!(ledger.read().at, 70 * MS, "an ended life stands still");
     }
 
+    fn until(holds: impl Fn() -> bool) {
+        while !holds() {
+            std::thread::yield_now();
+        }
+    }
+
     /// Reads a ledger until it has ended; the longest life seen before.
     fn longest_life(ledger: &Ledger, reads: &AtomicU64) -> Nanos {
         let mut longest = 0;
@@ -468,14 +474,12 @@ mod tests {
     fn no_reader_sees_a_life_longer_than_it_is_at_its_end() {
         let clock = Clock::start();
         let watchdog = Arc::new(Watchdog::new(clock.clone(), false));
-        for _ in 0..2_000 {
+        for _ in 0..500 {
             let ledger = Ledger::new(clock.clone(), Arc::clone(&watchdog));
             let reads = AtomicU64::new(0);
             let longest = std::thread::scope(|scope| {
                 let reader = scope.spawn(|| longest_life(&ledger, &reads));
-                while reads.load(Ordering::Relaxed) < 3 {
-                    std::thread::yield_now();
-                }
+                until(|| reads.load(Ordering::Relaxed) >= 3);
                 ledger.end_consumer();
                 reader.join().unwrap_or(Nanos::MAX)
             });
