@@ -1,7 +1,8 @@
-//! `Launch`: what produces a stream's rows, run by the consumer's own polls until a task of its own pays.
+//! `Launch`: the work that produces a stream's rows, run by the consumer's own polls until it pays to spawn a task.
 //!
 //! A short result arrives with the first answer of Postgres. It needs no task, and no row changes threads: the
-//! consumer, which waits anyway, reads it. Whatever takes longer, or needs timers and sockets, moves into a task.
+//! consumer, which is waiting anyway, reads it. Work that takes longer, or needs timers and sockets, moves into a
+//! task.
 
 use std::fmt;
 use std::pin::Pin;
@@ -26,7 +27,7 @@ struct Inner {
     runtime: Handle,
     watchdog: Arc<Watchdog>,
     handover: Handover,
-    /// Until it goes over into a task, or is done.
+    /// `None` once it has moved into a task or is done.
     work: Mutex<Option<Work>>,
     heartbeat: Heartbeat,
     is_old: AtomicBool,
@@ -48,7 +49,7 @@ impl Launch {
         Self(inner)
     }
 
-    /// Does what can be done now; returns whether the caller is to poll again.
+    /// Does the work that can be done now; returns whether the caller has to poll again.
     pub(crate) fn poll(&self, cx: &mut Context<'_>) -> bool {
         let inner = &self.0;
         let mut slot = lock(&inner.work);
@@ -85,14 +86,14 @@ impl Inner {
 }
 
 impl Chore for Inner {
-    /// The first time, moves the work into a task: its consumer waits for long, or is busy elsewhere. Later, logs the
-    /// heartbeat.
+    /// Moves the work into a task the first time, as its consumer waits for long or is busy elsewhere; logs the
+    /// heartbeat after that.
     fn run(&self) -> Option<Duration> {
         if self.is_old.swap(true, Ordering::Relaxed) {
             self.heartbeat.log();
             return Some(Heartbeat::EVERY);
         }
-        // Whoever holds the lock polls at this moment.
+        // If the lock is held, the work is being polled at this moment: try again soon.
         if let Ok(mut slot) = self.work.try_lock() {
             let work = slot.take();
             drop(slot);
@@ -111,7 +112,7 @@ impl fmt::Debug for Inner {
     }
 }
 
-/// Where a work is run; known to the work itself, which asks for a task when it needs one.
+/// Where the work runs. Shared with the work itself, which asks for a task when it needs one.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Handover(Arc<AtomicU8>);
 
@@ -120,7 +121,7 @@ const WANTS_TASK: u8 = 1;
 const IN_TASK: u8 = 2;
 
 impl Handover {
-    /// Goes on in a task: with timers and sockets at hand, and whether or not the consumer polls.
+    /// Continues in a task, where timers and sockets can be used and the consumer need not poll.
     pub(crate) async fn ensure_task(&self) {
         std::future::poll_fn(|_| {
             let wants = self.0.compare_exchange(BY_POLLS, WANTS_TASK, Ordering::Relaxed, Ordering::Relaxed);
@@ -137,7 +138,7 @@ impl Handover {
         self.0.load(Ordering::Relaxed) == WANTS_TASK
     }
 
-    /// That of a work which is in a task already.
+    /// The handover of work that is in a task already.
     #[cfg(test)]
     pub(crate) fn done() -> Self {
         let handover = Self::default();

@@ -1,8 +1,9 @@
 //! `Watchdog`: the evidence of whether an async runtime runs its tasks in time.
 //!
-//! One task per runtime, shared by all of its streams. It sleeps on a timer, and a turn that comes late proves
-//! that the runtime was late. While a runtime is known to be late, streams also wake the task at the moments
-//! that matter to them, so that its turn takes its place in the run queue beside the consumer's.
+//! Each runtime has one watchdog, shared by all of its streams. Its main task sleeps on a timer, and a turn that runs
+//! late proves that the runtime was late. While a runtime is suspected to be late, or a consumer is slow, streams also
+//! ask for turns at the moments that matter to them, so that the turn is queued right beside the consumer's task. A
+//! second task serves the turns that are asked for by rows.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -16,45 +17,45 @@ use tokio::time::sleep;
 
 use crate::time::{Clock, Nanos};
 
-/// Something to do for a stream now and then, at a time that need not be exact.
+/// Something to do for a stream now and then, at times that need not be exact.
 pub(crate) trait Chore: Send + Sync {
-    /// Does it; returns after which time to do it again.
+    /// Runs the chore; returns the time after which to run it again.
     fn run(&self) -> Option<Duration>;
 }
 
-/// A chore and when it is due. One whose owner is gone is forgotten.
+/// A chore and when it is due. A chore whose owner is gone is removed.
 type Due = (Nanos, Weak<dyn Chore>);
 
 pub(crate) struct Watchdog {
     clock: Clock,
     /// One thread runs all tasks, in the order in which they were woken.
     has_one_thread: bool,
-    /// A turn that has not come by then is late.
+    /// A turn that has not run by then is late.
     overdue_at: AtomicU64,
     /// The end of the latest interval in `Log::late`.
     last_late: AtomicU64,
-    /// Turns that consumers ask for, and turns that rows ask for: each has its own place in the run queue.
+    /// Turns asked for by consumers and turns asked for by rows: each has its own place in the run queue.
     by_consumers: Bell,
     by_rows: Bell,
-    /// Up to then the timer is near, as waits are long.
+    /// Until then the timer is set near, because waits are long.
     watch_until: AtomicU64,
-    /// Up to then it is as near as can be, as the runtime was late.
+    /// Until then the timer is set as near as possible, because the runtime was late.
     alert_until: AtomicU64,
     log: Mutex<Log>,
     streams: AtomicUsize,
     chores: Mutex<Vec<Due>>,
-    /// No chore is due before. Changes under the lock of `chores` only.
+    /// No chore is due before then. Changes under the lock of `chores` only.
     next_chore: AtomicU64,
     /// The task is gone, and with it its runtime.
     is_gone: AtomicBool,
 }
 
-/// The turns of the near past.
+/// The recent turns.
 #[derive(Debug, Default)]
 struct Log {
     /// When the next turn is due; 0 before the first.
     due: Nanos,
-    /// From when on a turn that is overdue counts as late.
+    /// The moment from which an overdue turn counts as late.
     late_from: Nanos,
     late: VecDeque<Late>,
     last_turn: Nanos,
@@ -63,7 +64,7 @@ struct Log {
 /// A way to ask for a turn.
 #[derive(Debug)]
 struct Bell {
-    /// Since when a turn waits in the run queue; `NEVER` if none does.
+    /// When the turn that waits in the run queue was put there; `NEVER` if none waits.
     queued: AtomicU64,
     /// When a turn was last asked for.
     asked: AtomicU64,
@@ -90,14 +91,14 @@ const NEVER: Nanos = Nanos::MAX;
 const MS: Nanos = 1_000_000;
 
 impl Watchdog {
-    /// A timer that is due soon costs a fast stream a few percent of its CPU: the kernel learns of it each time
-    /// a thread goes to sleep. So it is near only where waits are long, and nearest where it found something.
+    /// A timer that is due soon costs a fast stream a few percent of its CPU, because it is passed to the kernel each
+    /// time a thread goes to sleep. So it is near only if waits are long, and nearest if the runtime was late.
     const FAR: Nanos = 250 * MS;
     const WATCH: Nanos = 10 * MS;
     const ALERT: Nanos = 2 * MS;
-    /// What a timer may be late by: its grain is 1 ms.
+    /// How late a timer may fire: its resolution is 1 ms.
     const GRACE: Nanos = 3 * MS / 2;
-    /// Who was kept from the thread does what it had to do within this time.
+    /// A task that was kept from the thread catches up within this time.
     pub(crate) const CATCH_UP: Nanos = 2 * MS;
     /// How long a runtime that was late is suspected to be late again.
     const SUSPICION: Nanos = 250 * MS;
@@ -105,7 +106,7 @@ impl Watchdog {
     const LONG_WAIT: Nanos = 2 * MS;
     const LONGEST_WATCH: Nanos = 1_000 * MS;
     const LOGGED: usize = 256;
-    /// Being late by this much is not the operating system's doing.
+    /// A delay of this length is not caused by the operating system.
     const SURELY_LATE: Nanos = 10 * MS;
 
     /// Returns the watchdog of a runtime.
@@ -113,7 +114,7 @@ impl Watchdog {
         static ALL: Mutex<Option<HashMap<Id, Weak<Watchdog>>>> = Mutex::new(None);
         let mut all = lock(&ALL);
         let all = all.get_or_insert_default();
-        // The id of a runtime that is gone may come again.
+        // The id of a runtime that is gone may be used again.
         let known = all.get(&runtime.id()).and_then(Weak::upgrade);
         if let Some(watchdog) = known.filter(|watchdog| !watchdog.is_gone()) {
             return watchdog;
@@ -154,11 +155,11 @@ impl Watchdog {
         self.is_gone.load(Ordering::Relaxed)
     }
 
-    /// A stream begins, whose first waits may be long.
+    /// A stream begins; its first waits may be long.
     pub(crate) fn stream_begins(&self) {
         self.streams.fetch_add(1, Ordering::Relaxed);
         if let Some(now) = self.watch(2 * Self::WATCH) {
-            // The turn that wakes the timer is due at once: if it does not come, the runtime is late already.
+            // The turn that sets the timer is due at once: if it does not run, the runtime is late already.
             let mut log = lock(&self.log);
             self.set_due(&mut log, now, Self::ALERT);
         }
@@ -175,11 +176,11 @@ impl Watchdog {
         }
     }
 
-    /// Keeps the timer near for a while; returns the time if the task had to be woken for that.
+    /// Keeps the timer near for a while; returns the current time if the task had to be woken for that.
     fn watch(&self, span: Nanos) -> Option<Nanos> {
         let now = self.clock.now();
         let until = self.watch_until.load(Ordering::Relaxed);
-        // Extended only when half of it is over, so that short streams do not all write here.
+        // Extended only when half of the span is over, so that not every short stream writes here.
         let wakes =
             until < now + span / 2 && self.watch_until.fetch_max(now + span, Ordering::Relaxed) <= now;
         wakes.then(|| {
@@ -204,12 +205,12 @@ impl Watchdog {
         now < self.alert_until.load(Ordering::Relaxed)
     }
 
-    /// Asks for a turn, which takes its place in the run queue behind a consumer that runs now.
+    /// Asks for a turn, which is queued behind a consumer that runs now.
     pub(crate) fn ask(&self, now: Nanos) {
         self.by_consumers.ring(now);
     }
 
-    /// Asks for a turn, which takes its place just before a consumer that is woken next.
+    /// Asks for a turn, which is queued just before a consumer that is woken next.
     pub(crate) fn ask_for_rows(&self, now: Nanos) {
         self.by_rows.ring(now);
     }
@@ -222,7 +223,7 @@ impl Watchdog {
         lock(&self.log).late_between(from, to)
     }
 
-    /// Returns for how long the runtime was late without a break up to the end of an interval.
+    /// Returns for how long the runtime was late without interruption up to the end of an interval.
     pub(crate) fn late_up_to(&self, from: Nanos, to: Nanos) -> Nanos {
         if to <= self.overdue_at.load(Ordering::Relaxed) && self.last_late.load(Ordering::Relaxed) <= from {
             return 0;
@@ -230,12 +231,12 @@ impl Watchdog {
         lock(&self.log).late_up_to(from, to)
     }
 
-    /// Whether one thread runs all tasks, one after the other in the order in which they were woken.
+    /// Whether one thread runs all tasks, in the order in which they were woken.
     pub(crate) fn has_one_thread(&self) -> bool {
         self.has_one_thread
     }
 
-    /// Returns since when a turn is overdue that has not come at `now`.
+    /// Returns since when a turn is overdue, if one is at `now`.
     pub(crate) fn overdue_since(&self, now: Nanos) -> Option<Nanos> {
         if now <= self.overdue_at.load(Ordering::Relaxed) {
             return None;
@@ -244,23 +245,23 @@ impl Watchdog {
         (now > log.due.saturating_add(Self::GRACE)).then_some(log.late_from)
     }
 
-    /// Returns when the first turn ran after `moment`.
+    /// Returns when the first turn after `moment` ran.
     pub(crate) fn first_turn_after(&self, moment: Nanos) -> Option<Nanos> {
-        // If it was not one that was asked for, it was the last.
+        // If nobody asked for that turn, it was the last one.
         let last = Some(lock(&self.log).last_turn).filter(|ran| *ran > moment);
         self.by_consumers.first_turn(|turn| turn.ran > moment).or(last)
     }
 
-    /// Returns when the first turn ran that rows asked for at `moment` or later.
+    /// Returns when the first of the turns ran that rows asked for at `moment` or later.
     pub(crate) fn first_turn_for_rows(&self, moment: Nanos) -> Option<Nanos> {
         self.by_rows.first_turn(|turn| turn.queued >= moment)
     }
 
-    /// The task has its turn; returns when the next is due, or `NEVER` if no stream is alive.
+    /// Records a turn of the task; returns when the next is due, or `NEVER` if there is no stream to watch.
     fn turn(&self, now: Nanos) -> Nanos {
         let mut log = lock(&self.log);
         if log.is_late(now) {
-            // One such turn may be the operating system's; from the second on the runtime is suspect.
+            // One late turn may be caused by the operating system; from the second on the runtime is suspect.
             let watched_until = self.watch_until.fetch_max(now + Self::SUSPICION, Ordering::Relaxed);
             if now < watched_until || now - log.due >= Self::SURELY_LATE {
                 self.alert_until.store(now + Self::SUSPICION, Ordering::Relaxed);
@@ -275,7 +276,7 @@ impl Watchdog {
         log.due
     }
 
-    /// A turn at this moment, for tests.
+    /// Runs a turn now.
     #[cfg(test)]
     pub(crate) fn turn_now(&self) {
         let now = self.clock.now();
@@ -332,7 +333,7 @@ impl Log {
         if self.late.len() == Watchdog::LOGGED
             && let (Some(oldest), Some(next)) = (self.late.pop_front(), self.late.front_mut())
         {
-            // A wait may be longer than the log: its oldest part gets coarser, and stays complete.
+            // A wait may be longer than the log. Merging the oldest entries makes them coarser but loses no time.
             (next.from, next.total) = (oldest.from, next.total + oldest.total);
         }
         self.late.push_back(late);
@@ -378,8 +379,8 @@ impl Bell {
         }
     }
 
-    /// A turn has come, if one was asked for. Returns whether it was asked for once more while it waited: that one
-    /// is to stand behind whom it is asked about.
+    /// Records a turn, if one was asked for. Returns whether a further turn was asked for while this one waited: that
+    /// one belongs at the end of the run queue, behind the consumer that it is about.
     fn answer(&self, now: Nanos) -> bool {
         let queued = self.queued.swap(NEVER, Ordering::Relaxed);
         if queued == NEVER {
@@ -408,7 +409,7 @@ impl Late {
     }
 }
 
-/// What runs on the runtime that is watched.
+/// The main task, which runs on the watched runtime.
 struct Task(Arc<Watchdog>);
 
 impl Task {
@@ -436,7 +437,7 @@ impl Task {
 }
 
 impl Watchdog {
-    /// A task beside the other, so that what rows ask for does not wait for what consumers asked for.
+    /// Serves the turns that rows ask for, in a second task, so that they do not wait for those of consumers.
     async fn answer_rows(&self) {
         loop {
             self.by_rows.wake.notified().await;
@@ -447,7 +448,8 @@ impl Watchdog {
     }
 }
 
-/// Unlike tokio's `yield_now`, does not wait until the runtime has looked at its timers and sockets.
+/// Yields to the end of the run queue. Unlike tokio's `yield_now`, it does not wait until the runtime has polled its
+/// timers and sockets.
 async fn to_the_end_of_the_run_queue() {
     let mut is_queued = false;
     std::future::poll_fn(|cx| {
@@ -463,7 +465,7 @@ async fn to_the_end_of_the_run_queue() {
 impl Drop for Task {
     fn drop(&mut self) {
         self.0.is_gone.store(true, Ordering::Relaxed);
-        // What does not run cannot be late.
+        // A runtime that is gone cannot be late.
         lock(&self.0.log).due = NEVER;
         self.0.overdue_at.store(NEVER, Ordering::Relaxed);
     }

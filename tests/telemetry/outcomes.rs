@@ -78,7 +78,7 @@ fn assert_outcomes(runtime: &str) {
             "CREATE VIEW {name} AS SELECT jsonb_build_object('id', i) AS data FROM generate_series(1, 500) i;"
         )
     });
-    let collector = Collector::start().unwrap();
+    let collector = Collector::start().expect("a collector");
     let scenario = Scenario::new("outcomes::streams_left_at_their_last_row", &database(&views.concat()));
     let outcome = scenario.to(&collector, "http/protobuf").on(runtime).run();
     assert_eq!(outcome.stderr, "");
