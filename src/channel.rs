@@ -311,10 +311,15 @@ impl Receiver {
         self.shared.lock().consumer = None;
     }
 
-    /// Whether nothing is left to take but a good end.
-    pub(crate) fn is_complete(&self) -> bool {
+    /// Returns how the source ended, if rows need not be taken first to know it: a good end is one only when
+    /// nothing lies before it.
+    pub(crate) fn peek_end(&self) -> Option<Ended> {
         let state = self.shared.lock();
-        state.chunks.is_empty() && matches!(state.end, Some(Ok(())))
+        match &state.end {
+            Some(Ok(())) if state.chunks.is_empty() => Some(Ended::Well),
+            Some(Err(_)) => Some(Ended::Failed),
+            _ => None,
+        }
     }
 
     /// Lets the producer know that nothing more is wanted, and drops what waits. Both lives end here.
@@ -332,6 +337,13 @@ impl Receiver {
         drop(rows);
         wake(producer);
     }
+}
+
+/// How a source ended whose end was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    Well,
+    Failed,
 }
 
 /// The consumer has rows in its hands: does anything wait behind them?

@@ -182,6 +182,11 @@ impl<T: FromJson> InHand<T> {
         self.given >= self.ends.len()
     }
 
+    /// How many rows of the stream were given out.
+    pub(crate) fn rows_given(&self) -> u64 {
+        self.rows
+    }
+
     /// Lets go of a chunk whose rows are all given out; its memory can be used again.
     pub(crate) fn put_down(&mut self) -> Filling {
         self.given = 0;

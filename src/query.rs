@@ -187,8 +187,8 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
                 recorder.accepted();
                 // Sends the query: Postgres works on it before the first poll.
                 std::future::poll_fn(|cx| Poll::Ready(launch.poll(cx))).await;
-                let predicate = self.predicate.take();
-                Ok(Parts { receiver, predicate, observer, recorder, unseen_failure, launch })
+                let (predicate, limit) = (self.predicate.take(), self.sql.limit);
+                Ok(Parts { receiver, predicate, observer, recorder, unseen_failure, limit, launch })
             }
             Err(error) => {
                 if error.sqlstate().is_some() {

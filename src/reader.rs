@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
-use crate::channel::{Occupancy, Receiver, Taken};
+use crate::channel::{Ended, Occupancy, Receiver, Taken};
 use crate::chunk::Chunk;
 use crate::decode::{FromJson, InHand, Sampler};
 use crate::error::{Error, Result};
@@ -27,6 +27,7 @@ pub(crate) struct Reader<T: FromJson> {
     recorder: Recorder,
     producing: Producing,
     unseen_failure: Arc<AtomicBool>,
+    limit: Option<u64>,
     /// The error that follows the rows last returned by `next_chunk`.
     held: Option<Error>,
     /// When the poll began that is waiting for a chunk.
@@ -55,6 +56,8 @@ pub(crate) struct Parts<T> {
     pub(crate) observer: Observer,
     pub(crate) recorder: Recorder,
     pub(crate) unseen_failure: Arc<AtomicBool>,
+    /// Of the query's rows.
+    pub(crate) limit: Option<u64>,
     pub(crate) launch: Launch,
 }
 
@@ -70,6 +73,7 @@ impl<T: FromJson> Reader<T> {
             recorder: parts.recorder,
             producing: Producing::ByPolls(parts.launch),
             unseen_failure: parts.unseen_failure,
+            limit: parts.limit,
             held: None,
             polled: None,
             waited: false,
@@ -164,12 +168,21 @@ impl<T: FromJson> Reader<T> {
 
     /// Ends the stream at any point.
     pub(crate) fn end(&mut self) {
-        let is_complete = self.receiver.is_complete() && self.held.is_none() && self.chunk.is_used_up();
+        let is_complete = self.is_complete();
         // The times must stand still before they are recorded.
         self.receiver.close();
         self.recorder.ended(is_complete.then_some(Ok(())));
         self.ended = true;
         self.producing = Producing::Over;
+    }
+
+    /// Whether the last row was taken. The good end behind it need not be here yet where the rows have a limit.
+    fn is_complete(&self) -> bool {
+        let is_last = match self.receiver.peek_end() {
+            Some(end) => end == Ended::Well,
+            None => self.limit.is_some_and(|limit| self.chunk.rows_given() >= limit),
+        };
+        is_last && self.held.is_none() && self.chunk.is_used_up()
     }
 
     fn poll_take(&mut self, cx: &mut Context<'_>) -> Poll<Taken> {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use backends::Collector;
-use fraiseql_stream::{Connection, JsonStream, Query, RawJson, otlp};
+use fraiseql_stream::{Connection, RawJson, otlp};
 use futures_util::StreamExt;
 
 use crate::received::{Received, text};
@@ -13,7 +13,8 @@ use crate::servers::database;
 /// How often each is read.
 const ROUNDS: u32 = 10;
 
-type Borrowed<'a> = &'a mut Connection;
+/// Views and limits: less than a chunk, a chunk, and several.
+const LIMITED: [(&str, u64); 4] = [("one", 1), ("few", 100), ("chunk", 128), ("many", 300)];
 
 /// Streams that are dropped at or before their last row.
 #[test]
@@ -31,67 +32,55 @@ fn streams_left_at_their_last_row() -> Result {
     })
 }
 
-async fn begin<'a>(
-    db: &'a mut Connection,
-    entity: &str,
-    rows: u64,
-) -> Result<JsonStream<RawJson, Borrowed<'a>>> {
-    let query: Query<'_, RawJson, _> = db.query(entity);
-    Ok(query.limit(rows).stream().await?)
-}
+/// Long enough for the end to follow the rows.
+const SOON: Duration = Duration::from_millis(20);
 
 /// Takes all rows, and does not ask whether there are more.
 async fn leave_complete(db: &mut Connection) -> Result {
-    assert_eq!(begin(db, "taken", 100).await?.take(100).count().await, 100);
-    // Exactly a chunk.
-    assert_eq!(begin(db, "exact", 128).await?.take(128).count().await, 128);
-
-    let mut single = begin(db, "single", 1).await?;
+    for (entity, rows) in LIMITED {
+        let stream = db.query::<RawJson>(entity).limit(rows).stream().await?;
+        assert_eq!(stream.take(usize::try_from(rows)?).count().await, usize::try_from(rows)?);
+    }
+    let mut single = db.query::<RawJson>("single").stream().await?;
     single.next().await.ok_or("no row")??;
+    tokio::time::sleep(SOON).await;
     drop(single);
 
-    let mut chunk = begin(db, "chunk", 100).await?;
-    let rows = chunk.next_chunk().await?.ok_or("no rows")?;
-    assert_eq!(rows.len(), 100);
-    chunk.close().await?;
-
-    let mut chunks = begin(db, "chunks", 400).await?;
-    for _ in 0..399 {
-        chunks.next().await.ok_or("no row")??;
+    let mut chunks = db.query::<RawJson>("chunks").stream().await?;
+    let mut rows = 0;
+    while rows < 300 {
+        rows += chunks.next_chunk().await?.ok_or("no rows")?.len();
     }
-    // Behind it comes the end.
-    tokio::time::sleep(Duration::from_millis(20)).await;
-    chunks.next().await.ok_or("no row")??;
+    tokio::time::sleep(SOON).await;
     Ok(())
 }
 
 /// Leaves at least a row behind.
 async fn leave_early(db: &mut Connection) -> Result {
-    assert_eq!(begin(db, "half", 100).await?.take(99).count().await, 99);
-    drop(begin(db, "none", 1).await?);
+    let stream = db.query::<RawJson>("behind").limit(100).stream().await?;
+    assert_eq!(stream.take(99).count().await, 99);
+    let mut held = db.query::<RawJson>("held").stream().await?;
+    held.next().await.ok_or("no row")??;
+    tokio::time::sleep(SOON).await;
+    drop(held);
+    drop(db.query::<RawJson>("unread").stream().await?);
     Ok(())
 }
 
 fn assert_outcomes(runtime: &str) {
-    let views = ["taken", "exact", "single", "chunk", "chunks", "half", "none"].map(|name| {
-        format!(
-            "CREATE VIEW {name} AS SELECT jsonb_build_object('id', i) AS data FROM generate_series(1, 500) i;"
-        )
+    let rows = [("single", 1), ("chunks", 300), ("behind", 300), ("held", 2), ("unread", 1)];
+    let views = LIMITED.map(|(name, _)| (name, 500)).into_iter().chain(rows).map(|(name, rows)| {
+        format!("CREATE VIEW {name} AS SELECT jsonb_build_object('id', i) AS data FROM generate_series(1, {rows}) i;")
     });
     let collector = Collector::start().expect("a collector");
-    let scenario = Scenario::new("outcomes::streams_left_at_their_last_row", &database(&views.concat()));
+    let scenario =
+        Scenario::new("outcomes::streams_left_at_their_last_row", &database(&views.collect::<String>()));
     let outcome = scenario.to(&collector, "http/protobuf").on(runtime).run();
     assert_eq!(outcome.stderr, "");
     let received = Received::by(&collector);
-    for (entity, outcome) in [
-        ("taken", "complete"),
-        ("exact", "complete"),
-        ("single", "complete"),
-        ("chunk", "complete"),
-        ("chunks", "complete"),
-        ("half", "dropped"),
-        ("none", "dropped"),
-    ] {
+    let complete = LIMITED.map(|(entity, _)| entity).into_iter().chain(["single", "chunks"]);
+    let dropped = ["behind", "held", "unread"].map(|entity| (entity, "dropped"));
+    for (entity, outcome) in complete.map(|entity| (entity, "complete")).chain(dropped) {
         for of in ["complete", "dropped"] {
             let streams = received.value("fraiseql.stream.ended", &[("entity", entity), ("outcome", of)]);
             assert_eq!(streams, if of == outcome { f64::from(ROUNDS) } else { 0.0 }, "{entity} {of}");
