@@ -156,7 +156,7 @@ impl Sender {
         Poll::Pending
     }
 
-    /// The producer goes over into a task, which the consumer's thread is to run.
+    /// The producer is about to move into a task, which the consumer's thread has to run.
     pub(crate) fn leave(&mut self) {
         let state = self.0.lock();
         let ledger = &self.0.gauge.ledger;
@@ -184,20 +184,17 @@ impl Sender {
         emptied
     }
 
-    /// Puts the end mark behind the last row. The producer's life ends with it. Returns whether the
-    /// consumer is still there.
-    pub(crate) fn finish(&mut self, end: Result<(), Error>) -> bool {
+    /// Puts the end mark behind the last row. The producer's life ends with it.
+    pub(crate) fn finish(&mut self, end: Result<(), Error>) {
         let ledger = &self.0.gauge.ledger;
         let mut state = self.0.lock();
-        if state.receiver_gone {
-            return false;
+        if state.end.is_none() && !state.receiver_gone {
+            ledger.end_producer();
+            state.end = Some(end);
+            let consumer = self.0.arrived(&mut state);
+            drop(state);
+            wake(consumer);
         }
-        ledger.end_producer();
-        state.end = Some(end);
-        let consumer = self.0.arrived(&mut state);
-        drop(state);
-        wake(consumer);
-        true
     }
 
     /// Waits until the consumer has gone, or has taken the end.
@@ -303,7 +300,7 @@ impl Receiver {
         ledger.consumer(next(&state), ledger.now());
     }
 
-    /// The caller goes on when it is polled again, and only lets others have their turn.
+    /// The caller yields although it could continue.
     pub(crate) fn yield_thread(&mut self) {
         let state = self.shared.lock();
         self.shared.gauge.ledger.yield_thread(state.is_empty());
@@ -314,17 +311,22 @@ impl Receiver {
         self.shared.lock().consumer = None;
     }
 
-    /// Lets the producer know that nothing more is wanted, and drops what waits. Both lives end here. Returns how
-    /// the source ended, if that is known without rows that lie before it: a good end is one only when nothing does.
-    pub(crate) fn close(&mut self) -> Option<Ended> {
-        let Gauge { ledger, .. } = &*self.shared.gauge;
-        let mut state = self.shared.lock();
-        state.receiver_gone = true;
-        let end = match &state.end {
+    /// Returns how the source ended, if rows need not be taken first to know it: a good end is one only when
+    /// nothing lies before it.
+    pub(crate) fn peek_end(&self) -> Option<Ended> {
+        let state = self.shared.lock();
+        match &state.end {
             Some(Ok(())) if state.chunks.is_empty() => Some(Ended::Well),
             Some(Err(_)) => Some(Ended::Failed),
             _ => None,
-        };
+        }
+    }
+
+    /// Lets the producer know that nothing more is wanted, and drops what waits. Both lives end here.
+    pub(crate) fn close(&mut self) {
+        let Gauge { ledger, .. } = &*self.shared.gauge;
+        let mut state = self.shared.lock();
+        state.receiver_gone = true;
         ledger.end_consumer();
         ledger.end_producer();
         let rows = std::mem::take(&mut state.chunks);
@@ -334,7 +336,6 @@ impl Receiver {
         drop(state);
         drop(rows);
         wake(producer);
-        end
     }
 }
 

@@ -42,7 +42,7 @@ impl RawJson {
     ///
     /// # Errors
     ///
-    /// If the text is not UTF-8, which takes a `client_encoding` that was changed from UTF8.
+    /// Fails if the text is not UTF-8, which is possible only after `client_encoding` was changed from UTF8.
     ///
     /// # Examples
     ///
@@ -180,6 +180,11 @@ impl<T: FromJson> InHand<T> {
     /// Whether all rows of the chunk are given out.
     pub(crate) fn is_used_up(&self) -> bool {
         self.given >= self.ends.len()
+    }
+
+    /// How many rows of the stream were given out.
+    pub(crate) fn rows_given(&self) -> u64 {
+        self.rows
     }
 
     /// Lets go of a chunk whose rows are all given out; its memory can be used again.

@@ -169,16 +169,17 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
         let heartbeat = Heartbeat::new(observer.clone(), recorder.span().clone());
         let launch = |work: Work| Launch::new(runtime, watchdog, (work, handover), heartbeat);
 
-        let statement = session.statement(&text);
+        let kept = session.statement(&text).and_then(|statement| {
+            // Values that do not fit may fit when it is prepared again: the types of its parameters can change.
+            let values = postgres::encode(&self.values, statement.params()).ok()?;
+            Some((statement, values))
+        });
         let unseen_failure = Arc::clone(session.unseen_failure());
         // The task alone keeps the session from here on, until it gives back the turn.
         drop(session);
         let task = Task { lease, text, sender };
-        let launched = match statement {
-            Some(statement) => {
-                let values = postgres::encode(&self.values, statement.params());
-                values.map(|values| launch(Box::pin(task.query(statement, values))))
-            }
+        let launched = match kept {
+            Some((statement, values)) => Ok(launch(Box::pin(task.query(statement, values)))),
             None => prepare(task, launch, &mut receiver, &self.values).await,
         };
         match launched {
@@ -186,12 +187,13 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
                 recorder.accepted();
                 // Sends the query: Postgres works on it before the first poll.
                 std::future::poll_fn(|cx| Poll::Ready(launch.poll(cx))).await;
-                let predicate = self.predicate.take();
-                Ok(Parts { receiver, predicate, observer, recorder, unseen_failure, launch })
+                let (predicate, limit) = (self.predicate.take(), self.sql.limit);
+                Ok(Parts { receiver, predicate, observer, recorder, unseen_failure, limit, launch })
             }
             Err(error) => {
-                // The caller is given it.
-                unseen_failure.store(false, Ordering::Relaxed);
+                if error.sqlstate().is_some() {
+                    unseen_failure.store(false, Ordering::Relaxed);
+                }
                 recorder.ended(Some(Err(&error)));
                 Err(error)
             }
@@ -263,8 +265,8 @@ impl Task {
         let statement = match self.prepare().await {
             Ok(Ok(statement)) => statement,
             Ok(Err(error)) => {
-                // Until whoever waits for it, if anybody does, returns it to the caller.
-                self.lease.failed_unseen();
+                self.lease.fails(&error);
+                // Where nobody waits for it, nobody wants the query.
                 let _ = types.send(Err(error));
                 return;
             }
@@ -290,21 +292,25 @@ impl Task {
         let Self { lease, mut sender, .. } = self;
         let mut rows = match started {
             Ok(Ok(rows)) => rows,
-            Ok(Err(error)) => return end(&lease, &mut sender, Err(error)),
+            Ok(Err(error)) => {
+                lease.fails(&error);
+                return sender.finish(Err(error));
+            }
             Err(Cancelled) => return,
         };
         match producer::run(&mut sender, &mut rows, lease.handover()).await {
             Ok(Ok(())) => {
-                end(&lease, &mut sender, Ok(()));
+                sender.finish(Ok(()));
                 lease.finish(rows).await;
             }
             // The server's error has ended the query; any other has not.
             Ok(Err(error)) if error.sqlstate().is_some() => {
-                end(&lease, &mut sender, Err(lease.explain(error).await));
+                lease.fails(&error);
+                sender.finish(Err(lease.explain(error).await));
                 lease.finish(rows).await;
             }
             Ok(Err(error)) => {
-                end(&lease, &mut sender, Err(lease.explain(error).await));
+                sender.finish(Err(lease.explain(error).await));
                 lease.cancel(rows).await;
             }
             Err(_) => lease.cancel(rows).await,
@@ -337,14 +343,6 @@ impl Task {
                 ))),
             Err(error) => Ok(Err(error)),
         }
-    }
-}
-
-/// Sends the end of the rows to the consumer. One that has left does not see a failure.
-fn end(lease: &Lease, sender: &mut Sender, end: Result<()>) {
-    let failed = end.is_err();
-    if !sender.finish(end) && failed {
-        lease.failed_unseen();
     }
 }
 

@@ -42,7 +42,8 @@ pub(crate) struct Session {
     statements: Statements,
     /// The client was handed out, and a statement that the user sent by it may still run.
     lent: AtomicBool,
-    /// A query failed and its caller may not know: the transaction that it ran in, if any, is aborted.
+    /// A query failed or was cancelled, and its caller may not know: the transaction that it ran in, if any, is
+    /// aborted.
     unseen_failure: Arc<AtomicBool>,
 }
 
@@ -116,7 +117,7 @@ impl Session {
         }
     }
 
-    /// Set when a query failed whose error nobody was given.
+    /// Set from when a query fails until the caller is given its error.
     pub(crate) fn unseen_failure(&self) -> &Arc<AtomicBool> {
         &self.unseen_failure
     }
@@ -243,9 +244,11 @@ impl Lease {
         &self.handover
     }
 
-    /// Notes that a query failed whose error nobody may be given.
-    pub(crate) fn failed_unseen(&self) {
-        self.session.unseen_failure.store(true, Ordering::Relaxed);
+    /// The query has failed. Until the caller is given the error, nobody knows what became of the transaction.
+    pub(crate) fn fails(&self, error: &Error) {
+        if error.sqlstate().is_some() {
+            self.session.unseen_failure.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Forgets a statement that the server does not accept any more.
@@ -352,7 +355,7 @@ impl Lease {
     async fn cancel_until(&self, end: impl Future<Output = ()>) {
         self.handover.ensure_task().await;
         let session = &self.session;
-        self.failed_unseen();
+        session.unseen_failure.store(true, Ordering::Relaxed);
         let span = tracing::info_span!(
             parent: &self.span.get(),
             "cancel",

@@ -1,11 +1,11 @@
-//! The statements that a connection has prepared, to be used again.
+//! The prepared statements that a connection keeps for further use.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio_postgres::Statement;
 
-/// Prepared statements by their text. The least recently used one makes room for a new one.
+/// Prepared statements by their text. If the cache is full, the least recently used one is evicted.
 #[derive(Debug)]
 pub(crate) struct Statements {
     capacity: usize,
@@ -15,7 +15,7 @@ pub(crate) struct Statements {
 #[derive(Debug, Default)]
 struct Entries {
     by_text: HashMap<Arc<str>, Entry>,
-    /// Counts uses.
+    /// The number of uses so far, which orders entries by their last use.
     uses: u64,
 }
 
@@ -46,11 +46,12 @@ impl Statements {
         let mut entries = self.lock();
         entries.uses += 1;
         let last_use = entries.uses;
+        let replaced = entries.by_text.remove(text);
         let evicted = if entries.by_text.len() < self.capacity { None } else { entries.evict() };
         entries.by_text.insert(Arc::from(text), Entry { statement: statement.clone(), last_use });
         drop(entries);
-        // Closes it on the server.
-        drop(evicted);
+        // Closes them on the server, which needs no lock.
+        drop((replaced, evicted));
     }
 
     pub(super) fn remove(&self, text: &str) {

@@ -24,8 +24,6 @@ pub(super) const REFUSED: &str = "_REFUSED";
 const MOST_DATABASES: usize = 8;
 
 pub(super) const STATES: [&str; 5] = ["source_wait", "scheduled", "decode", "consumer", "paused"];
-const DECODE: usize = 2;
-const CONSUMER: usize = 3;
 pub(super) const OUTCOMES: [&str; 3] = ["yielded", "filtered", "failed"];
 
 #[derive(Debug)]
@@ -58,8 +56,8 @@ struct Streams {
     live: Vec<Tracked>,
     /// Of the streams that have ended.
     ended: Totals,
-    /// The times that were observed last.
-    observed: [Nanos; 5],
+    /// The times, and the backlog, that were observed last.
+    observed: ([Nanos; 5], Nanos),
 }
 
 #[derive(Debug)]
@@ -223,8 +221,9 @@ impl Entity {
         for tracked in &streams.live {
             sum.add(&Totals::of(&tracked.stream));
         }
-        sum.time = onwards(&streams.observed, sum.time);
-        streams.observed = sum.time;
+        sum.time = clamp_monotonic(&streams.observed.0, sum.time);
+        sum.backlog = sum.backlog.max(streams.observed.1);
+        streams.observed = (sum.time, sum.backlog);
         sum
     }
 
@@ -243,13 +242,19 @@ impl Entity {
     }
 }
 
-/// The times of `STATES` now, none of them below what was observed before: decoding is sampled, and a sample moves
-/// moments from `consumer` to `decode`. Their sum, the time in which rows were held, is exact all the same.
-fn onwards(before: &[Nanos; 5], now: [Nanos; 5]) -> [Nanos; 5] {
+/// The times of `STATES` now, none of them below what was observed before. What time is put down to can change as
+/// more is known: decoding is sampled, and whose fault a wait was shows at its end. The sum is exact all the same.
+fn clamp_monotonic(before: &[Nanos; 5], now: [Nanos; 5]) -> [Nanos; 5] {
     let mut times: [Nanos; 5] = std::array::from_fn(|state| now[state].max(before[state]));
-    let held = (now[DECODE] + now[CONSUMER]).max(before[DECODE] + before[CONSUMER]);
-    times[DECODE] = now[DECODE].clamp(before[DECODE], held - before[CONSUMER]);
-    times[CONSUMER] = held - times[DECODE];
+    let sum = |times: &[Nanos; 5]| times.iter().sum::<Nanos>();
+    let mut excess = sum(&times) - sum(&now).max(sum(before));
+    let mut states = [0, 1, 2, 3, 4];
+    states.sort_by_key(|state| std::cmp::Reverse(times[*state] - before[*state]));
+    for state in states {
+        let taken = excess.min(times[state] - before[state]);
+        times[state] -= taken;
+        excess -= taken;
+    }
     times
 }
 
@@ -354,9 +359,11 @@ mod tests {
     }
 
     #[test]
-    fn a_late_sample_of_decoding_takes_nothing_back_and_changes_no_sum() {
+    fn what_is_found_out_late_takes_nothing_back_and_changes_no_sum() {
         // By the last look all was the consumer's; now a sample says that 30 of it were decoding.
-        assert_eq!(onwards(&[5, 0, 10, 50, 0], [6, 1, 40, 25, 2]), [6, 1, 15, 50, 2]);
-        assert_eq!(onwards(&[5, 0, 10, 50, 0], [6, 1, 40, 55, 2]), [6, 1, 40, 55, 2]);
+        assert_eq!(clamp_monotonic(&[5, 0, 10, 50, 0], [6, 1, 40, 25, 2]), [6, 1, 15, 50, 2]);
+        assert_eq!(clamp_monotonic(&[5, 0, 10, 50, 0], [6, 1, 40, 55, 2]), [6, 1, 40, 55, 2]);
+        // A wait that was the source's so far turns out to be the runtime's.
+        assert_eq!(clamp_monotonic(&[50, 0, 0, 0, 0], [20, 40, 0, 0, 0]), [50, 10, 0, 0, 0]);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use fraiseql_stream::{Connection, ErrorKind};
+use fraiseql_stream::{Builder, Connection, ErrorKind};
 use futures_util::StreamExt;
 use serde::Deserialize;
 use serde_json::Value;
@@ -309,8 +309,9 @@ impl Dropper {
     }
 }
 
-async fn drop_many(connection: String, seed: u64, drops: u32) -> (u32, Vec<String>) {
-    let mut dropper = Dropper { db: connect(&connection).await, random: Random(seed), in_the_middle: 0 };
+async fn drop_many(builder: Builder, seed: u64, drops: u32) -> (u32, Vec<String>) {
+    let db = within(SOON, builder.connect()).await.unwrap();
+    let mut dropper = Dropper { db, random: Random(seed), in_the_middle: 0 };
     let mut wrong = Vec::new();
     for drop in 0..drops {
         for outcome in [dropper.drop_one().await, dropper.ask_another().await] {
@@ -320,8 +321,8 @@ async fn drop_many(connection: String, seed: u64, drops: u32) -> (u32, Vec<Strin
     (dropper.in_the_middle, wrong)
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_thousand_streams_dropped_at_random_never_hit_the_query_that_follows() {
+/// Drops 2,000 streams on connections that keep as many statements.
+async fn assert_no_drop_hits_the_query_that_follows(statement_cache: usize) {
     const CONNECTIONS: u32 = 8;
     const DROPS: u32 = 2_000;
     let database = Database::with(&format!(
@@ -335,7 +336,8 @@ async fn two_thousand_streams_dropped_at_random_never_hit_the_query_that_follows
     let droppers: Vec<_> = (0..CONNECTIONS)
         .map(|i| {
             let by = if i % 4 == 0 { database.socket() } else { database.url.clone() };
-            tokio::spawn(drop_many(by, 1_000 + u64::from(i), DROPS / CONNECTIONS))
+            let builder = Connection::builder(&by).statement_cache(statement_cache);
+            tokio::spawn(drop_many(builder, 1_000 + u64::from(i), DROPS / CONNECTIONS))
         })
         .collect();
     let (mut in_the_middle, mut wrong) = (0, Vec::new());
@@ -345,12 +347,22 @@ async fn two_thousand_streams_dropped_at_random_never_hit_the_query_that_follows
         wrong.append(&mut failed);
     }
     eprintln!(
-        "{DROPS} drops, {in_the_middle} of them in the middle: {} next queries wrong, {:?}",
+        "{DROPS} drops, {in_the_middle} of them in the middle, {statement_cache} statements kept: {} next queries wrong, {:?}",
         wrong.len(),
         start.elapsed()
     );
     assert!(wrong.is_empty(), "{} wrong: {:#?}", wrong.len(), &wrong[..wrong.len().min(10)]);
     assert!(in_the_middle > DROPS / 3, "{in_the_middle}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_thousand_streams_dropped_at_random_never_hit_the_query_that_follows() {
+    assert_no_drop_hits_the_query_that_follows(100).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_thousand_streams_dropped_at_random_without_a_statement_cache_never_hit_the_query_that_follows() {
+    assert_no_drop_hits_the_query_that_follows(0).await;
 }
 
 #[tokio::test]

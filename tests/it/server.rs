@@ -153,6 +153,11 @@ impl Admin {
         self.until(pid, |now| now.is_some_and(|now| now.is_active() && now.waits_for == what)).await;
     }
 
+    /// Waits until the backend has sent the last byte of its answer.
+    pub(crate) async fn until_idle(&self, pid: i32) {
+        self.until(pid, |now| now.is_some_and(|now| !now.is_active())).await;
+    }
+
     pub(crate) async fn run(&self, function: &str, pid: i32) {
         let text = format!("SELECT {function}($1::int4)");
         self.client.execute(&text, &[&pid]).await.unwrap_or_else(|error| panic!("{error}"));
@@ -250,5 +255,9 @@ impl Random {
 
     pub(crate) fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit
+    }
+
+    pub(crate) fn one_of<T: Copy>(&mut self, choice: &[T]) -> T {
+        choice[usize::try_from(self.below(choice.len() as u64)).unwrap()]
     }
 }

@@ -14,6 +14,7 @@ mod environment;
 mod guard;
 mod logs;
 mod outage;
+mod outcomes;
 mod own_provider;
 mod queries;
 mod received;

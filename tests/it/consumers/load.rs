@@ -1,4 +1,4 @@
-//! Consumers under a statement timeout, and more of them than the runtime has threads for.
+//! Consumers under a statement timeout, and more consumers than the runtime has threads for.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use crate::server::{SOON, connect, within};
 async fn error_of_batches(rows: Rows) -> Error {
     let mut batches = rows.ready_chunks(1_000);
     loop {
-        let batch = batches.next().await.expect("never a quiet end");
+        let batch = batches.next().await.expect("the stream ended without an error");
         let work = Duration::from_micros(300) * u32::try_from(batch.len()).unwrap();
         if let Some(error) = batch.into_iter().find_map(Result::err) {
             return error;

@@ -1,0 +1,203 @@
+//! What the user sends by the client is the user's: no cancel of a stream hits it, and transactions begin there.
+
+use std::pin::{Pin, pin};
+use std::time::Duration;
+
+use bytes::Bytes;
+use fraiseql_stream::tokio_postgres::RowStream;
+use fraiseql_stream::{Connection, ErrorKind};
+use futures_util::{SinkExt, StreamExt};
+use serde_json::Value;
+use tokio::time::timeout;
+
+use crate::server::{
+    Database, Doc, ENDLESS, Random, SILENT, SOON, assert_unbroken, ids, rows_of, scalar, table_script, within,
+};
+
+fn database() -> Database {
+    Database::with(&format!(
+        "{ENDLESS} {SILENT} {}
+         CREATE TABLE log (line int);
+         CREATE VIEW lines AS SELECT jsonb_build_object('id', count(*)) AS data FROM log;",
+        table_script("t", 10, 0)
+    ))
+}
+
+/// What a stream is begun for while a statement of the user's own runs, and when it is given up, in milliseconds.
+const ENTITIES: [&str; 4] = ["t", "endless", "silent", "nowhere"];
+const PATIENCES: [u64; 6] = [0, 1, 2, 5, 12, 25];
+
+async fn run(db: &mut Connection, script: &str) {
+    within(SOON, within(SOON, db.client()).await.unwrap().batch_execute(script)).await.unwrap();
+}
+
+/// How many lines the log has, as a stream sees it.
+async fn lines(db: &mut Connection) -> u64 {
+    let stream = within(SOON, db.query::<Doc>("lines").stream()).await.unwrap();
+    ids(&rows_of(stream).await)[0]
+}
+
+/// Begins a stream, and drops it or the future that waits for it. Returns whether it had begun.
+async fn begin_and_give_up(db: &mut Connection, entity: &str, patience: Duration) -> bool {
+    timeout(patience, db.query::<Value>(entity).stream()).await.is_ok()
+}
+
+/// Begins an `INSERT` of 20 lines in 10 ms each, whose rows are sent one by one.
+async fn insert_slowly(db: &mut Connection) -> Pin<Box<RowStream>> {
+    let text = "INSERT INTO log SELECT i FROM generate_series(1, 20) i WHERE pg_sleep(0.01)::text = '' RETURNING line, repeat('x', 9000)";
+    let client = within(SOON, db.client()).await.unwrap();
+    Box::pin(within(SOON, client.query_raw(text, [0_i32; 0])).await.unwrap())
+}
+
+#[tokio::test]
+async fn a_copy_that_is_under_way_survives_the_streams_that_are_given_up_meanwhile() {
+    let database = database();
+    let mut db = database.connect().await;
+    for entity in ENTITIES {
+        run(&mut db, "TRUNCATE log").await;
+        let client = within(SOON, db.client()).await.unwrap();
+        let mut sink = pin!(within(SOON, client.copy_in("COPY log FROM STDIN")).await.unwrap());
+        for patience in PATIENCES {
+            within(SOON, sink.send(Bytes::from("1\n"))).await.unwrap();
+            let has_begun = begin_and_give_up(&mut db, entity, Duration::from_millis(patience)).await;
+            assert!(!has_begun, "{entity} must wait for the COPY");
+        }
+        assert_eq!(within(SOON, sink.finish()).await.unwrap(), 6);
+        assert_eq!(lines(&mut db).await, 6, "{entity}");
+    }
+}
+
+#[tokio::test]
+async fn an_insert_whose_rows_are_read_later_survives_the_streams_that_are_given_up_meanwhile() {
+    let database = database();
+    let mut db = database.connect().await;
+    for entity in ENTITIES {
+        run(&mut db, "TRUNCATE log").await;
+        let inserted = insert_slowly(&mut db).await;
+        for patience in PATIENCES {
+            let has_begun = begin_and_give_up(&mut db, entity, Duration::from_millis(patience)).await;
+            assert!(!has_begun, "{entity} must wait for the INSERT");
+        }
+        let inserted: Vec<_> = within(SOON, inserted.collect()).await;
+        assert_eq!(inserted.iter().filter(|row| row.is_ok()).count(), 20, "{entity}: {:?}", inserted.last());
+        assert_eq!(lines(&mut db).await, 20, "{entity}");
+    }
+}
+
+/// Begins an `INSERT` of a line that takes some milliseconds, and gives up its `execute` after as many.
+async fn execute_and_give_up(db: &mut Connection, takes: u64, patience: Duration) {
+    let client = within(SOON, db.client()).await.unwrap();
+    let text = format!("INSERT INTO log SELECT 1 FROM pg_sleep({takes} / 1000.0)");
+    let statement = within(SOON, client.prepare(&text)).await.unwrap();
+    // It is sent at the first poll.
+    let mut execute = pin!(client.execute(&statement, &[]));
+    assert!(futures::poll!(&mut execute).is_pending());
+    let _ = timeout(patience, execute).await;
+}
+
+async fn assert_no_insert_is_hit(seed: u64) {
+    let database = database();
+    let mut db = database.connect().await;
+    let mut random = Random(seed);
+    let mut begun = 0;
+    for _ in 0..100 {
+        let takes = random.below(15);
+        execute_and_give_up(&mut db, takes, Duration::from_micros(random.below(5_000))).await;
+        let patience = Duration::from_micros(random.below(1_500 * takes + 2_000));
+        begun += usize::from(begin_and_give_up(&mut db, random.one_of(&ENTITIES), patience).await);
+    }
+    eprintln!("100 streams asked for while an INSERT runs: {begun} had begun before they were dropped");
+    assert_eq!(lines(&mut db).await, 100);
+    assert!((5..95).contains(&begun), "{begun}");
+}
+
+#[tokio::test]
+async fn an_insert_whose_execute_was_given_up_survives_the_stream_that_is_dropped_then() {
+    assert_no_insert_is_hit(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_insert_whose_execute_was_given_up_survives_the_stream_that_is_dropped_then_on_two_threads() {
+    assert_no_insert_is_hit(2).await;
+}
+
+#[tokio::test]
+async fn a_stream_begun_while_an_own_statement_runs_waits_for_it_and_then_works() {
+    let database = database();
+    let mut db = database.connect().await;
+    for round in 1..=3 {
+        execute_and_give_up(&mut db, 100, Duration::from_millis(5)).await;
+        assert_eq!(lines(&mut db).await, round * 41 - 40, "the line of the INSERT is there");
+
+        drop(insert_slowly(&mut db).await);
+        assert_eq!(lines(&mut db).await, round * 41 - 20, "its rows need not be read");
+
+        let inserted = insert_slowly(&mut db).await;
+        let both = async { tokio::join!(inserted.collect::<Vec<_>>(), lines(&mut db)) };
+        let (inserted, lines) = within(SOON, both).await;
+        assert_eq!((inserted.len(), lines), (20, round * 41));
+    }
+    let rows = rows_of(db.query::<Doc>("endless").limit(50_000).stream().await.unwrap()).await;
+    assert_eq!(rows.len(), 50_000);
+    assert_unbroken(&rows);
+}
+
+#[tokio::test]
+async fn a_transaction_of_the_client_commits_and_rolls_back() {
+    let database = database();
+    let mut db = database.connect().await;
+    for _ in 0..3 {
+        let transaction = within(SOON, db.client_mut()).await.unwrap().transaction().await.unwrap();
+        assert_eq!(transaction.execute("INSERT INTO log VALUES (1)", &[]).await.unwrap(), 1);
+        transaction.commit().await.unwrap();
+
+        let transaction = within(SOON, db.client_mut()).await.unwrap().transaction().await.unwrap();
+        assert_eq!(transaction.execute("INSERT INTO log VALUES (2)", &[]).await.unwrap(), 1);
+        transaction.rollback().await.unwrap();
+
+        let mut transaction = within(SOON, db.client_mut()).await.unwrap().transaction().await.unwrap();
+        let savepoint = transaction.transaction().await.unwrap();
+        assert_eq!(savepoint.execute("INSERT INTO log VALUES (3)", &[]).await.unwrap(), 1);
+        savepoint.commit().await.unwrap();
+        // Rolled back by the drop, which is sent before the stream.
+        drop(transaction);
+        let stream = within(SOON, db.query::<Doc>("t").order_by("id").stream()).await.unwrap();
+        assert_eq!(ids(&rows_of(stream).await), (0..10).collect::<Vec<_>>());
+    }
+    assert_eq!(lines(&mut db).await, 3);
+    assert_eq!(scalar::<i32>(&mut db, "SELECT max(line) FROM log").await, 1);
+}
+
+/// Begins transactions right behind streams that were dropped, closed, read to the end, or refused.
+async fn begin_behind_streams(connection: &str, seed: u64) {
+    let mut db = crate::server::connect(connection).await;
+    let mut random = Random(seed);
+    for round in 0..200 {
+        let entity = random.one_of(&["t", "endless", "silent", "nowhere"]);
+        let patience = Duration::from_micros(random.below(2_500));
+        match timeout(patience, db.query::<Value>(entity).stream()).await {
+            Ok(Err(error)) => assert_eq!(error.kind(), ErrorKind::Query),
+            Ok(Ok(mut stream)) if entity != "silent" => {
+                for _ in 0..random.below(20) {
+                    within(SOON, stream.next()).await.transpose().unwrap();
+                }
+            }
+            Ok(Ok(_)) | Err(_) => {}
+        }
+        let client = within(SOON, db.client_mut()).await.unwrap_or_else(|error| panic!("{round}: {error}"));
+        let transaction = within(SOON, client.transaction()).await.unwrap();
+        transaction.execute("INSERT INTO log VALUES (1)", &[]).await.unwrap();
+        within(SOON, transaction.commit()).await.unwrap();
+    }
+    assert_eq!(lines(&mut db).await, 200);
+}
+
+#[tokio::test]
+async fn a_transaction_of_the_client_begins_right_behind_a_dropped_stream() {
+    begin_behind_streams(&database().url, 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_of_the_client_begins_right_behind_a_dropped_stream_on_two_threads() {
+    begin_behind_streams(&database().socket(), 2).await;
+}
