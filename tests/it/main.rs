@@ -8,6 +8,7 @@ mod cancel;
 mod closing;
 mod connect;
 mod consumers;
+mod cost;
 mod fatal;
 mod first_row;
 mod given_back;
