@@ -297,7 +297,7 @@ impl fmt::Display for Error {
 
 /// Writes text with everything escaped that would end the line or control a terminal. A backslash stays as it is,
 /// so that names already quoted by `{:?}` are not escaped twice.
-struct OneLine<'a, 'f>(&'a mut fmt::Formatter<'f>);
+pub(crate) struct OneLine<'a, 'f>(pub(crate) &'a mut fmt::Formatter<'f>);
 
 impl fmt::Write for OneLine<'_, '_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {

@@ -1,10 +1,11 @@
 //! What a stream tells of itself, and the one rule that turns times into a verdict.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::error::OneLine;
 use crate::gauge::Gauge;
 use crate::ledger::{Consumer, Producer, Times};
 use crate::time::Nanos;
@@ -350,7 +351,7 @@ impl fmt::Display for Stats {
         let whole = self.elapsed.as_secs_f64().max(f64::MIN_POSITIVE);
         let part = |time: Duration| Percent(time.as_secs_f64() / whole);
         write!(
-            f,
+            OneLine(f),
             "{}: {} rows, {} in {}; {} (your code {}, decoding {}), peak {} of {}",
             self.entity,
             Grouped(self.rows),
@@ -525,6 +526,15 @@ mod tests {
         assert_eq!(verdict(0.2, 0.3, 0.0), Verdict::Balanced);
         assert_eq!(verdict(0.1, 0.2, 0.5), Verdict::RuntimeBound);
         assert_eq!(Shares::default().verdict(), Verdict::Balanced);
+    }
+
+    #[test]
+    fn statistics_are_one_line_whatever_the_entity_is_named() {
+        let (clock, _) = crate::time::manual();
+        let watchdog = Arc::new(crate::watchdog::Watchdog::new(clock.clone(), false));
+        let gauge = Arc::new(Gauge::new(1, 1, crate::ledger::Ledger::new(clock, watchdog)));
+        let observer = Observer { entity: "a\nb".into(), gauge, progress: Arc::default() };
+        assert!(observer.stats().to_string().starts_with("a\\nb: 0 rows"), "{}", observer.stats());
     }
 
     #[test]

@@ -75,9 +75,12 @@ fn fifty_streams_on_two_threads_are_not_balanced_while_they_wait() {
     };
     let waiting: Vec<_> = all.iter().filter(|stats| waits(stats)).collect();
     assert!(waiting.len() > 25, "two threads for fifty streams, and only {} of them wait", waiting.len());
-    let mut balanced = waiting.iter().filter(|stats| stats.verdict() == Verdict::Balanced);
-    if let Some(stats) = balanced.next() {
-        let more = balanced.count();
-        panic!("{stats} while somebody waited: {:?}; and {more} more of {}", stats.shares(), waiting.len());
-    }
+    // The line names a side and its share; and what all of them wait for most is a thread to run on.
+    let unnamed = waiting.iter().find(|stats| !stats.to_string().contains("runtime"));
+    assert!(unnamed.is_none(), "{unnamed:?}");
+    let short_of_threads = waiting.iter().filter(|stats| {
+        let shares = stats.shares();
+        shares.scheduled > shares.backlog.max(shares.source_wait)
+    });
+    assert!(short_of_threads.count() * 2 > waiting.len(), "{waiting:?}");
 }
