@@ -10,9 +10,10 @@ use crate::server::{
 };
 
 type Owned = Query<'static, Doc, Connection>;
+type Change = fn(Owned) -> Owned;
 
 /// Queries that are refused at one point or another.
-const REFUSED: [(&str, fn(Owned) -> Owned, ErrorKind); 6] = [
+const REFUSED: [(&str, Change, ErrorKind); 6] = [
     ("nowhere", |query| query, ErrorKind::Query),
     ("t", |query| query.where_sql("no SQL", &[]), ErrorKind::Query),
     ("number", |query| query, ErrorKind::Config),

@@ -22,16 +22,7 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let noted = Noted::default();
-        let notes = Arc::clone(&noted);
-        tokio::spawn(async move {
-            while let Ok((client, _)) = listener.accept().await {
-                let server = TcpStream::connect(("127.0.0.1", shared().port())).await.unwrap();
-                let ((from_client, mut to_client), (mut from_server, to_server)) =
-                    (client.into_split(), server.into_split());
-                tokio::spawn(forward(from_client, to_server, Arc::clone(&notes)));
-                tokio::spawn(async move { tokio::io::copy(&mut from_server, &mut to_client).await });
-            }
-        });
+        tokio::spawn(accept_all(listener, Arc::clone(&noted)));
         Self { port, noted }
     }
 
@@ -43,6 +34,16 @@ impl Proxy {
     /// The messages since the last call that the server may have answered.
     pub(crate) fn messages(&self) -> String {
         std::mem::take(&mut *self.noted.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+async fn accept_all(listener: TcpListener, noted: Noted) {
+    while let Ok((client, _)) = listener.accept().await {
+        let server = TcpStream::connect(("127.0.0.1", shared().port())).await.unwrap();
+        let ((from_client, mut to_client), (mut from_server, to_server)) =
+            (client.into_split(), server.into_split());
+        tokio::spawn(forward(from_client, to_server, Arc::clone(&noted)));
+        tokio::spawn(async move { tokio::io::copy(&mut from_server, &mut to_client).await });
     }
 }
 

@@ -84,9 +84,8 @@ async fn without_a_cache_no_statement_is_left_behind_however_its_stream_ends() {
     let mut db = Connection::builder(&database.url).statement_cache(0).connect().await.unwrap();
     for entity in ["t", "endless", "broken", "broken_in_plan", "number", "nowhere"] {
         for rows in [0, 1, 1_000] {
-            if let Ok(mut stream) = db.query::<Value>(entity).stream().await {
-                let mut rows = (&mut stream).take(rows);
-                while within(SOON, rows.next()).await.is_some() {}
+            if let Ok(stream) = db.query::<Value>(entity).stream().await {
+                within(SOON, stream.take(rows).collect::<Vec<_>>()).await;
             }
             assert_eq!(kept(&mut db).await, "", "{entity}");
         }
