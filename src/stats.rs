@@ -40,6 +40,9 @@ use crate::time::Nanos;
 /// - **Your task was busy with something else**: another branch of a `select!`, another future of a `join!`, the
 ///   previous batch. All delay without evidence against the runtime counts as backlog.
 ///
+/// The 0.5 ms also decide what the histogram `fraiseql_channel_occupancy_rows` records for a poll that had to wait:
+/// 0 if the first rows were taken within that time, or else everything that was in the channel when they were taken.
+///
 /// # What it cannot know
 ///
 /// - **Who blocks a current-thread runtime.** Code that blocks the only thread delays every task. Whether the
