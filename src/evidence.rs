@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::partition::add;
 use crate::time::{Clock, Nanos};
+use crate::turns::CATCH_UP;
 use crate::watchdog::Watchdog;
 
 /// A consumer that takes rows within this time takes them at once: a healthy runtime may need as long to run a task
@@ -187,7 +188,7 @@ impl Evidence {
         if asked && self.watchdog.has_one_thread() {
             return self.of_delay_in_order(turn, since, now);
         }
-        if turn.is_some_and(|turn| turn <= since + Watchdog::CATCH_UP) {
+        if turn.is_some_and(|turn| turn <= since + CATCH_UP) {
             // A thread was free, so the runtime could have run the consumer.
             return Whose { own: life, ..Whose::default() };
         }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use crate::evidence::{AT_ONCE, Evidence, Whose};
 use crate::partition::{OVER, Partition, Sums, Window, add};
 use crate::time::{Clock, Nanos};
+use crate::turns::CATCH_UP;
 use crate::watchdog::Watchdog;
 
 /// What the consumer's half does. In both `Overlap` and `Backlog` the user's code or the decoder holds rows; in
@@ -154,7 +155,7 @@ impl Ledger {
 
     fn settle_suspect(&self, now: Nanos) {
         let suspect = self.suspect.load(Ordering::Relaxed);
-        let is_soon = now.saturating_sub(self.suspect_until.load(Ordering::Relaxed)) <= Watchdog::CATCH_UP;
+        let is_soon = now.saturating_sub(self.suspect_until.load(Ordering::Relaxed)) <= CATCH_UP;
         if suspect > 0 && is_soon {
             self.consumer.shift(Consumer::Overlap as usize, Consumer::Backlog as usize, suspect);
         }

@@ -5,17 +5,17 @@
 //! ask for turns at the moments that matter to them, so that the turn is queued right beside the consumer's task. A
 //! second task serves the turns that are asked for by rows.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::task::Poll;
 use std::time::Duration;
 
 use tokio::runtime::{Handle, Id, RuntimeFlavor};
-use tokio::sync::Notify;
 use tokio::time::sleep;
 
 use crate::time::{Clock, Nanos};
+use crate::turns::{Bell, GRACE, Log, NEVER, lock};
 
 /// Something to do for a stream now and then, at times that need not be exact.
 pub(crate) trait Chore: Send + Sync {
@@ -50,44 +50,6 @@ pub(crate) struct Watchdog {
     is_gone: AtomicBool,
 }
 
-/// The recent turns.
-#[derive(Debug, Default)]
-struct Log {
-    /// When the next turn is due; 0 before the first.
-    due: Nanos,
-    /// The moment from which an overdue turn counts as late.
-    late_from: Nanos,
-    late: VecDeque<Late>,
-    last_turn: Nanos,
-}
-
-/// A way to ask for a turn.
-#[derive(Debug)]
-struct Bell {
-    /// When the turn that waits in the run queue was put there; `NEVER` if none waits.
-    queued: AtomicU64,
-    /// When a turn was last asked for.
-    asked: AtomicU64,
-    turns: Mutex<VecDeque<Turn>>,
-    wake: Notify,
-}
-
-/// An interval in which the runtime was late for `total`.
-#[derive(Clone, Copy, Debug)]
-struct Late {
-    from: Nanos,
-    to: Nanos,
-    total: Nanos,
-}
-
-/// A turn that was asked for.
-#[derive(Clone, Copy, Debug)]
-struct Turn {
-    queued: Nanos,
-    ran: Nanos,
-}
-
-const NEVER: Nanos = Nanos::MAX;
 const MS: Nanos = 1_000_000;
 
 impl Watchdog {
@@ -96,16 +58,11 @@ impl Watchdog {
     const FAR: Nanos = 250 * MS;
     const WATCH: Nanos = 10 * MS;
     const ALERT: Nanos = 2 * MS;
-    /// How late a timer may fire: its resolution is 1 ms.
-    const GRACE: Nanos = 3 * MS / 2;
-    /// A task that was kept from the thread catches up within this time.
-    pub(crate) const CATCH_UP: Nanos = 2 * MS;
     /// How long a runtime that was late is suspected to be late again.
     const SUSPICION: Nanos = 250 * MS;
     /// A wait of this length is likely to be followed by others, for eight times its length and at most a second.
     const LONG_WAIT: Nanos = 2 * MS;
     const LONGEST_WATCH: Nanos = 1_000 * MS;
-    const LOGGED: usize = 256;
     /// A delay of this length is not caused by the operating system.
     const SURELY_LATE: Nanos = 10 * MS;
 
@@ -192,7 +149,7 @@ impl Watchdog {
     fn set_due(&self, log: &mut Log, now: Nanos, period: Nanos) {
         log.due = now.saturating_add(period);
         log.late_from = now.max(log.due.saturating_sub(Self::ALERT));
-        self.overdue_at.store(log.due.saturating_add(Self::GRACE), Ordering::Relaxed);
+        self.overdue_at.store(log.due.saturating_add(GRACE), Ordering::Relaxed);
     }
 
     /// Adds a chore that is first due in `Self::WATCH`.
@@ -242,7 +199,7 @@ impl Watchdog {
             return None;
         }
         let log = lock(&self.log);
-        (now > log.due.saturating_add(Self::GRACE)).then_some(log.late_from)
+        (now > log.due.saturating_add(GRACE)).then_some(log.late_from)
     }
 
     /// Returns when the first turn after `moment` ran.
@@ -323,92 +280,6 @@ impl Watchdog {
     }
 }
 
-impl Log {
-    fn is_late(&self, now: Nanos) -> bool {
-        self.due != 0 && now > self.due.saturating_add(Watchdog::GRACE)
-    }
-
-    fn add_late(&mut self, now: Nanos) {
-        let late = Late { from: self.late_from, to: now, total: now - self.late_from };
-        if self.late.len() == Watchdog::LOGGED
-            && let (Some(oldest), Some(next)) = (self.late.pop_front(), self.late.front_mut())
-        {
-            // A wait may be longer than the log. Merging the oldest entries makes them coarser but loses no time.
-            (next.from, next.total) = (oldest.from, next.total + oldest.total);
-        }
-        self.late.push_back(late);
-    }
-
-    fn late_up_to(&self, from: Nanos, to: Nanos) -> Nanos {
-        let mut start = if self.is_late(to) { self.late_from.max(from) } else { to };
-        let mut late = to.saturating_sub(start);
-        for interval in self.late.iter().rev() {
-            if start <= from || interval.to + Watchdog::CATCH_UP < start {
-                break;
-            }
-            late += interval.within(from, start);
-            start = interval.from;
-        }
-        late
-    }
-
-    fn late_between(&self, from: Nanos, to: Nanos) -> Nanos {
-        let logged = self.late.iter().rev().take_while(|late| late.to > from);
-        let logged: Nanos = logged.map(|late| late.within(from, to)).sum();
-        let running = if self.is_late(to) { to.saturating_sub(self.late_from.max(from)) } else { 0 };
-        (logged + running).min(to.saturating_sub(from))
-    }
-}
-
-impl Default for Bell {
-    fn default() -> Self {
-        Self {
-            queued: AtomicU64::new(NEVER),
-            asked: AtomicU64::new(0),
-            turns: Mutex::default(),
-            wake: Notify::new(),
-        }
-    }
-}
-
-impl Bell {
-    fn ring(&self, now: Nanos) {
-        self.asked.store(now, Ordering::Relaxed);
-        if self.queued.compare_exchange(NEVER, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
-            self.wake.notify_one();
-        }
-    }
-
-    /// Records a turn, if one was asked for. Returns whether a further turn was asked for while this one waited: that
-    /// one belongs at the end of the run queue, behind the consumer that it is about.
-    fn answer(&self, now: Nanos) -> bool {
-        let queued = self.queued.swap(NEVER, Ordering::Relaxed);
-        if queued == NEVER {
-            return false;
-        }
-        push(&mut lock(&self.turns), Turn { queued, ran: now }, Watchdog::LOGGED);
-        let asked = self.asked.load(Ordering::Relaxed);
-        let again = asked > queued;
-        if again {
-            self.queued.store(asked.max(now), Ordering::Relaxed);
-        }
-        again
-    }
-
-    fn first_turn(&self, is_after: impl Fn(&Turn) -> bool) -> Option<Nanos> {
-        lock(&self.turns).iter().rev().take_while(|turn| is_after(turn)).last().map(|turn| turn.ran)
-    }
-}
-
-impl Late {
-    fn within(&self, from: Nanos, to: Nanos) -> Nanos {
-        let covered = self.to.min(to).saturating_sub(self.from.max(from));
-        let (covered, total) = (u128::from(covered), u128::from(self.total));
-        let part = covered * total / u128::from(self.to.saturating_sub(self.from).max(1));
-        u64::try_from(part).unwrap_or(NEVER)
-    }
-}
-
 /// The main task, which runs on the watched runtime.
 struct Task(Arc<Watchdog>);
 
@@ -469,17 +340,6 @@ impl Drop for Task {
         lock(&self.0.log).due = NEVER;
         self.0.overdue_at.store(NEVER, Ordering::Relaxed);
     }
-}
-
-fn push<T>(log: &mut VecDeque<T>, entry: T, most: usize) {
-    if log.len() == most {
-        log.pop_front();
-    }
-    log.push_back(entry);
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl std::fmt::Debug for Watchdog {
