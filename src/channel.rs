@@ -75,7 +75,7 @@ impl Shared {
                 None if state.sender_gone => Taken::Lost,
                 None => return None,
             };
-            ledger.end_consumer(ledger.now());
+            ledger.end_consumer();
             state.receiver_gone = true;
             return Some((end, state.producer.take()));
         };
@@ -156,7 +156,7 @@ impl Sender {
         Poll::Pending
     }
 
-    /// The producer goes over into a task, which the consumer's thread is to run.
+    /// The producer is about to move into a task, which the consumer's thread has to run.
     pub(crate) fn leave(&mut self) {
         let state = self.0.lock();
         let ledger = &self.0.gauge.ledger;
@@ -189,7 +189,7 @@ impl Sender {
         let ledger = &self.0.gauge.ledger;
         let mut state = self.0.lock();
         if state.end.is_none() && !state.receiver_gone {
-            ledger.end_producer(ledger.now());
+            ledger.end_producer();
             state.end = Some(end);
             let consumer = self.0.arrived(&mut state);
             drop(state);
@@ -213,7 +213,7 @@ impl Drop for Sender {
         let ledger = &self.0.gauge.ledger;
         let mut state = self.0.lock();
         state.sender_gone = true;
-        ledger.end_producer(ledger.now());
+        ledger.end_producer();
         let consumer = if state.end.is_none() { self.0.arrived(&mut state) } else { None };
         drop(state);
         wake(consumer);
@@ -300,7 +300,7 @@ impl Receiver {
         ledger.consumer(next(&state), ledger.now());
     }
 
-    /// The caller goes on when it is polled again, and only lets others have their turn.
+    /// The caller yields although it could continue.
     pub(crate) fn yield_thread(&mut self) {
         let state = self.shared.lock();
         self.shared.gauge.ledger.yield_thread(state.is_empty());
@@ -327,8 +327,8 @@ impl Receiver {
         let Gauge { ledger, .. } = &*self.shared.gauge;
         let mut state = self.shared.lock();
         state.receiver_gone = true;
-        ledger.end_consumer(ledger.now());
-        ledger.end_producer(ledger.now());
+        ledger.end_consumer();
+        ledger.end_producer();
         let rows = std::mem::take(&mut state.chunks);
         (state.rows, state.bytes) = (0, 0);
         self.shared.gauge.hold(state.rows, state.bytes);

@@ -109,21 +109,21 @@ impl Connection {
     /// Returns the underlying client, for example to run `SET` or a transaction. Waits for the clean-up of a
     /// previously dropped stream, so that its cancel request cannot reach your statement.
     ///
-    /// What you send by the client is yours: a stream that is begun while a statement of yours still runs waits
-    /// for its end, and never cancels it. That costs the first stream after `client` one round trip.
+    /// A statement that you send through the client is never cancelled by a stream: a stream that is started while
+    /// the statement still runs waits for it to end. This costs the first stream after `client` one round trip.
     ///
     /// # Transactions
     ///
-    /// Streams may run inside a transaction. Dropping one before its end cancels its query, and in Postgres that
-    /// aborts the transaction: `COMMIT` would roll back and report success. So the next use of the connection
-    /// fails once with [`TransactionAborted`](crate::ErrorKind::TransactionAborted). To stop early and keep the
-    /// transaction, end the stream with [`drain`](crate::JsonStream::drain), or set a savepoint before it and
-    /// `ROLLBACK TO` it afterwards.
+    /// Streams can run inside a transaction. Dropping a stream before its end cancels its query, and Postgres
+    /// then aborts the transaction: a `COMMIT` would roll back and report success. For that reason the next use of
+    /// the connection fails with [`TransactionAborted`](crate::ErrorKind::TransactionAborted); the use after that
+    /// succeeds, so that you can send `ROLLBACK`. To stop early and keep the transaction, end the stream with
+    /// [`drain`](crate::JsonStream::drain), or set a savepoint before it and send `ROLLBACK TO` afterwards.
     ///
     /// # Errors
     ///
     /// [`Disconnected`](crate::ErrorKind::Disconnected) if the connection is closed;
-    /// [`TransactionAborted`](crate::ErrorKind::TransactionAborted) as described above.
+    /// [`TransactionAborted`](crate::ErrorKind::TransactionAborted) as described above, once.
     ///
     /// # Cancel safety
     ///
@@ -142,15 +142,19 @@ impl Connection {
         Ok(self.session.lend())
     }
 
-    /// Returns the underlying client mutably, which [`tokio_postgres::Transaction`] needs. Otherwise like
-    /// [`client`](Self::client), its errors included.
+    /// Returns the underlying client mutably, as [`tokio_postgres::Transaction`] requires. Otherwise behaves like
+    /// [`client`](Self::client).
     ///
-    /// No stream can run inside such a transaction: it borrows the client. For that, send `BEGIN` and `COMMIT`
-    /// by [`client`](Self::client).
+    /// No stream can run inside a [`tokio_postgres::Transaction`], because it borrows the client. To stream inside
+    /// a transaction, send `BEGIN` and `COMMIT` through [`client`](Self::client).
     ///
     /// # Errors
     ///
-    /// Those of [`client`](Self::client).
+    /// The same as those of [`client`](Self::client).
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe.
     ///
     /// # Examples
     ///
@@ -164,17 +168,23 @@ impl Connection {
     /// ```
     pub async fn client_mut(&mut self) -> Result<&mut tokio_postgres::Client> {
         self.idle().await?;
-        // Whoever shares the session holds its turn as long as it does.
+        // Every other owner of the session also holds its turn, so there is none left now.
         Arc::get_mut(&mut self.session).map(Session::lend_mut).ok_or_else(Error::closed)
     }
 
-    /// Closes the connection: waits for the clean-up of a dropped stream, says goodbye to Postgres, and returns when
-    /// the socket is closed. Dropping the connection does the same without waiting; a program that exits right
-    /// after that may cut the connection, which Postgres then logs.
+    /// Closes the connection: waits for the clean-up of a previously dropped stream, ends the session with Postgres,
+    /// and returns once the socket is closed. If Postgres does not respond, the socket is closed after 5 s.
+    ///
+    /// Dropping the connection does the same without waiting. A program that exits right after that may break the
+    /// connection instead, which Postgres logs.
     ///
     /// # Errors
     ///
-    /// Those of [`client`](Self::client). The connection is closed in any case.
+    /// The same as those of [`client`](Self::client). The connection is closed in any case.
+    ///
+    /// # Cancel safety
+    ///
+    /// If the future is dropped, the connection is dropped and still closes.
     ///
     /// # Examples
     ///
@@ -212,9 +222,11 @@ impl fmt::Debug for Connection {
     }
 }
 
-/// An error of a stream that owned its connection, and the connection.
+/// The error of a stream that owned its connection, together with that connection.
 ///
-/// Converts into [`Error`], so that `?` works where the connection is not needed any more.
+/// Returned by [`Query::stream`](crate::Query::stream), [`JsonStream::close`](crate::JsonStream::close) and
+/// [`JsonStream::drain`](crate::JsonStream::drain) after [`Connection::into_query`]. Its text is that of the
+/// [`Error`], into which it converts: `?` works where the connection is no longer needed.
 ///
 /// # Examples
 ///
@@ -236,12 +248,13 @@ pub struct StreamError {
 }
 
 impl StreamError {
-    /// Returns the error alone.
+    /// Returns the error.
     pub fn error(&self) -> &Error {
         &self.error
     }
 
-    /// Returns the error and the connection, which can be used again unless [`Connection::is_closed`].
+    /// Returns the error and the connection. The connection can be used again unless it
+    /// [is closed](Connection::is_closed).
     pub fn into_parts(self) -> (Error, Connection) {
         (self.error, *self.connection)
     }
@@ -296,13 +309,16 @@ impl Builder {
         self
     }
 
-    /// Sets how many prepared statements the connection keeps, the least recently used making room; 0 prepares
-    /// each query anew.
+    /// Sets the maximum number of prepared statements that the connection keeps. When it is reached, the least
+    /// recently used statement is closed. With 0, every query is prepared anew.
     ///
-    /// A query whose text was run before on this connection saves a round trip, and Postgres the planning of it.
-    /// A statement that the server no longer accepts, after a change of the schema or `DISCARD ALL`, is prepared
-    /// again unnoticed. After five runs Postgres may choose a plan that does not look at the parameters; where
-    /// that is slower, `SET plan_cache_mode = force_custom_plan`. Defaults to 100.
+    /// A query whose statement is kept saves a round trip, and saves Postgres from parsing it again. A statement
+    /// that Postgres no longer accepts, for example after a change of the schema or `DISCARD ALL`, is prepared again
+    /// and run. Only two cases fail, with an error of kind [`Query`](crate::ErrorKind::Query): inside a transaction,
+    /// which Postgres has aborted by then, and if the types of the parameters have changed.
+    ///
+    /// After five runs of a statement, Postgres may switch to a plan that ignores the values of its parameters. If
+    /// that plan is slower, run `SET plan_cache_mode = force_custom_plan`. Defaults to 100.
     ///
     /// # Examples
     ///
@@ -346,10 +362,25 @@ impl fmt::Debug for Builder {
     }
 }
 
-/// How a stream holds its connection: `&mut Connection` for [`Connection::query`], [`Connection`] for
-/// [`Connection::into_query`]. Cannot be implemented elsewhere.
+/// A way for a stream to hold its connection: `&mut Connection` after [`Connection::query`], [`Connection`] after
+/// [`Connection::into_query`]. Cannot be implemented outside of this crate.
+///
+/// # Examples
+///
+/// Name it to accept streams of both kinds:
+///
+/// ```
+/// use fraiseql_stream::{Hold, JsonStream};
+///
+/// async fn skip_the_rest<C: Hold>(orders: JsonStream<serde_json::Value, C>) -> Result<C, C::Error> {
+///     let skipped = orders.stats().buffered_rows;
+///     println!("skipping at least {skipped} rows");
+///     orders.drain().await
+/// }
+/// ```
 pub trait Hold: BorrowMut<Connection> + sealed::Sealed + Sized {
-    /// What a stream fails with that could not be begun or closed.
+    /// The error of starting, closing or draining a stream: [`Error`] if the stream borrows its connection,
+    /// [`StreamError`], which returns the connection, if it owns it.
     type Error: Into<Error> + std::error::Error;
 
     #[doc(hidden)]

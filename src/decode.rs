@@ -42,7 +42,7 @@ impl RawJson {
     ///
     /// # Errors
     ///
-    /// If the text is not UTF-8, which takes a `client_encoding` that was changed from UTF8.
+    /// Fails if the text is not UTF-8, which is possible only after `client_encoding` was changed from UTF8.
     ///
     /// # Examples
     ///

@@ -64,16 +64,29 @@ pub enum ErrorKind {
         /// The number of the row in the stream, starting at 0.
         row: u64,
     },
-    /// The transaction that is open on the connection is aborted: a stream in it was dropped before its end, which
-    /// cancelled its query, or before its error was read. Nothing was sent. Reported once, by whatever uses the
-    /// connection next; run `ROLLBACK`, or `ROLLBACK TO` a savepoint set before the stream.
+    /// The transaction that is open on the connection is aborted: a stream in it was dropped before its end, and its
+    /// query was cancelled or had failed unseen. Reported once, by the next use of the connection, which sends no
+    /// statement of yours. Run `ROLLBACK`, or `ROLLBACK TO` a savepoint set before the stream.
+    ///
+    /// ```no_run
+    /// use fraiseql_stream::{ErrorKind, JsonStream};
+    /// # async fn example(orders: JsonStream<serde_json::Value>) -> Result<(), Box<dyn std::error::Error>> {
+    /// if let Err(error) = orders.close().await {
+    ///     let (error, mut db) = error.into_parts();
+    ///     assert_eq!(error.kind(), ErrorKind::TransactionAborted);
+    ///     db.client().await?.batch_execute("ROLLBACK").await?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     TransactionAborted,
     /// The task that reads from Postgres ended early: it panicked, or its runtime was shut down.
     Lost,
 }
 
 impl ErrorKind {
-    /// Returns the name of the kind: the value of `error.type` in metrics and spans if there is no SQLSTATE.
+    /// Returns the name of the kind: the value of `error.type` in `fraiseql.stream.ended`, and in other metrics and
+    /// spans if there is no SQLSTATE.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Config => "config",
@@ -284,7 +297,7 @@ impl fmt::Display for Error {
 
 /// Writes text with everything escaped that would end the line or control a terminal. A backslash stays as it is,
 /// so that names already quoted by `{:?}` are not escaped twice.
-struct OneLine<'a, 'f>(&'a mut fmt::Formatter<'f>);
+pub(crate) struct OneLine<'a, 'f>(pub(crate) &'a mut fmt::Formatter<'f>);
 
 impl fmt::Write for OneLine<'_, '_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {

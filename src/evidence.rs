@@ -1,66 +1,69 @@
-//! `Evidence`: whose time it is when a consumer does not come for its rows.
+//! `Evidence`: decides whose time it is when a consumer does not take its rows.
 //!
-//! Rows wait for a consumer that was woken. Either the runtime keeps it from coming, or it is busy with something
-//! else in its own task. What is known:
+//! Rows wait for a consumer that was woken. Either the runtime is late to run its task, or the task is busy with
+//! something else. The evidence:
 //!
-//! - The [`Watchdog`] knows when its own turns came late. A runtime that was late delayed a stream only if the
-//!   stream went on as soon as it was not late any more.
-//! - Where one thread runs all tasks, they run in the order in which they were woken, and the watchdog can be asked
-//!   for a turn at a certain place in that order. Asked for by a consumer, the turn comes when its task has let go
-//!   of the thread; asked for just before a consumer is woken, it comes just before the consumer.
-//! - Where there are several threads, a producer that the consumer woke may run on the consumer's thread only, right
-//!   after it. While it does not run although the runtime is not late, the consumer keeps it from running.
+//! - The [`Watchdog`] knows when its own turns ran late. A late runtime delayed a stream only if the stream continued
+//!   as soon as the runtime was no longer late.
+//! - If one thread runs all tasks, they run in the order in which they were woken, and the watchdog can be asked for
+//!   a turn at a certain place in that order. A turn that a consumer asks for runs once its task has yielded the
+//!   thread; a turn that is asked for just before a consumer is woken runs just before the consumer.
+//! - If there are several threads, a producer that the consumer woke may have to run on the consumer's thread, right
+//!   after it. While the producer does not run although the runtime is not late, the consumer keeps it from running.
 //!
-//! Turns are asked for only by consumers that took their time lately, and while the runtime is suspect: a fast
-//! stream pays nothing.
+//! Turns are asked for only for consumers that were slow recently and while the runtime is suspected to be late: a
+//! fast stream pays nothing.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::partition::add;
 use crate::time::{Clock, Nanos};
+use crate::turns::CATCH_UP;
 use crate::watchdog::Watchdog;
 
-/// A consumer that comes for rows within this time takes them at once: that is how long a runtime that is well
-/// may take to run a task that is ready.
+/// A consumer that takes rows within this time takes them at once: a healthy runtime may need as long to run a task
+/// that is ready.
 pub(crate) const AT_ONCE: Nanos = 500_000;
-/// How much evidence makes up the near past.
+/// The amount of evidence above which older evidence is halved.
 const RECENT: Nanos = 500_000_000;
-/// How often the consumer has the benefit of the doubt.
+/// Others keep the thread for a good part of the time if their share is at least one part in this many.
+const GOOD_PART: Nanos = 8;
+/// The number of doubtful periods that are attributed to others without evidence.
 const DOUBTS: u64 = 2;
-/// A consumer that took its time is expected to do so again within this many times that time.
+/// A consumer that was slow is expected to be slow again within this many times the delay.
 const SLOW_AGAIN: Nanos = 2;
 const NEVER: Nanos = Nanos::MAX;
 
 #[derive(Debug)]
 pub(crate) struct Evidence {
     watchdog: Arc<Watchdog>,
-    /// The age of the watchdog when the stream began.
+    /// The time on the watchdog's clock when the stream began.
     offset: Nanos,
-    /// When the consumer, as it began to wait, asked for a turn; `NEVER` if it did not.
+    /// When a turn was asked for as the consumer began to wait; `NEVER` if none was.
     asked_in_wait: AtomicU64,
-    /// The same for rows that came while it waited.
+    /// The same as rows arrived while it waited.
     asked_by_rows: AtomicU64,
-    /// The same for rows that it took.
+    /// The same as it took rows.
     asked_in_hand: AtomicU64,
-    /// Up to then the consumer is expected to take its time again.
+    /// Until then the consumer is expected to be slow again.
     slow_until: AtomicU64,
-    /// Since when the producer waits to run because the consumer woke it; `NEVER` if it does not.
+    /// Since when a producer that the consumer woke has not run; `NEVER` if there is none.
     producer_woken: AtomicU64,
-    /// In the near past, how long the consumer may have kept the only thread, and how long others surely did.
+    /// The remembered evidence: how long the consumer may have kept the thread, and how long others certainly did.
     doubtful: AtomicU64,
     others: AtomicU64,
     doubts: AtomicU64,
 }
 
-/// What some time is put down to; what is left of it is nobody's of these.
+/// Whose time a period is. The rest of the period belongs to nobody named here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Whose {
     /// The consumer's own task.
     pub(crate) own: Nanos,
     /// Others: the runtime was late.
     pub(crate) others: Nanos,
-    /// One of the two kept the thread.
+    /// Either of the two kept the thread.
     doubtful: Nanos,
 }
 
@@ -89,20 +92,23 @@ impl Evidence {
         self.ask_if(self.watchdog.has_one_thread() && self.is_suspect(now), &self.asked_in_wait, now);
     }
 
-    /// Rows came, and the consumer is about to be woken.
+    /// Rows arrived, and the consumer is about to be woken.
     pub(crate) fn rows_came(&self, now: Nanos) {
         let is_worth_it =
             if self.watchdog.has_one_thread() { self.is_suspect(now) } else { self.is_slow(now) };
-        self.ask_if(is_worth_it, &self.asked_by_rows, now);
+        self.asked_by_rows.store(if is_worth_it { now } else { NEVER }, Ordering::Relaxed);
+        if is_worth_it {
+            self.watchdog.ask_for_rows(self.offset + now);
+        }
     }
 
-    /// The consumer takes rows, for which it let them wait for so long.
+    /// The consumer takes rows that waited for it for `delay`.
     pub(crate) fn rows_taken(&self, delay: Nanos, now: Nanos) {
         self.note_pace(delay, now);
         self.ask_if(self.watchdog.has_one_thread() && self.is_slow(now), &self.asked_in_hand, now);
     }
 
-    /// The consumer lets others have their turn.
+    /// The consumer yields; turns that were asked for before prove nothing any more.
     pub(crate) fn forget(&self) {
         for asked in [&self.asked_in_wait, &self.asked_by_rows, &self.asked_in_hand] {
             asked.store(NEVER, Ordering::Relaxed);
@@ -116,7 +122,7 @@ impl Evidence {
         }
     }
 
-    /// The consumer was busy, or let rows wait, for a time that is over now.
+    /// The consumer was busy, or let rows wait, for `time` up to `now`.
     pub(crate) fn note_pace(&self, time: Nanos, now: Nanos) {
         if time > AT_ONCE {
             self.slow_until.fetch_max(now + SLOW_AGAIN * time, Ordering::Relaxed);
@@ -131,14 +137,19 @@ impl Evidence {
         self.is_slow(now) || self.watchdog.is_alert(self.offset + now)
     }
 
-    /// Whether there is anything to find out about a wait in which the consumer polls once more.
+    /// Whether a further poll in the current wait adds evidence.
     pub(crate) fn is_wanted(&self, now: Nanos) -> bool {
-        self.asked_in_wait.load(Ordering::Relaxed) != NEVER
-            || self.watchdog.late_since(self.offset + now).is_some()
+        self.asked_in_wait()
+            || self.overdue_on_one_thread(now).is_some()
             || (self.watchdog.has_one_thread() && self.is_suspect(now))
     }
 
-    /// Of a wait for rows.
+    /// Whether a turn was asked for when the current wait began; if not, nothing is certain about it.
+    pub(crate) fn asked_in_wait(&self) -> bool {
+        self.asked_in_wait.load(Ordering::Relaxed) != NEVER
+    }
+
+    /// Attributes a wait for rows.
     pub(crate) fn of_wait(&self, since: Nanos, now: Nanos) -> Whose {
         let life = now.saturating_sub(since);
         let doubtful = match self.asked_in_wait.load(Ordering::Relaxed) {
@@ -149,55 +160,64 @@ impl Evidence {
         Whose { others, doubtful, ..Whose::default() }
     }
 
-    /// Of a wait in which the consumer polls once more. If a turn is overdue then, its task was running.
+    /// Attributes a wait in which the consumer polls once more. If a turn is overdue then, the consumer's own task
+    /// may have kept the thread.
     pub(crate) fn of_wait_up_to_poll(&self, since: Nanos, now: Nanos) -> Whose {
-        match self.watchdog.late_since(self.offset + now) {
-            Some(late) => {
-                let doubtful = now - late.saturating_sub(self.offset).clamp(since, now);
+        match self.overdue_on_one_thread(now) {
+            Some(from) => {
+                let doubtful = now - from.saturating_sub(self.offset).clamp(since, now);
                 Whose { doubtful, ..Whose::default() }
             }
             None => self.of_wait(since, now),
         }
     }
 
-    /// Of rows that came and were not taken yet.
+    fn overdue_on_one_thread(&self, now: Nanos) -> Option<Nanos> {
+        self.watchdog.overdue_since(self.offset + now).filter(|_| self.watchdog.has_one_thread())
+    }
+
+    /// Attributes the time since rows arrived that were not taken yet.
     pub(crate) fn of_delay(&self, since: Nanos, now: Nanos) -> Whose {
         let life = now.saturating_sub(since);
         if life <= AT_ONCE {
             return Whose { others: life, ..Whose::default() };
         }
         let asked = self.asked_by_rows.load(Ordering::Relaxed) != NEVER;
-        // It stands in the run queue just before the consumer.
-        let turn = if asked { self.first_turn_queued_after(since) } else { None };
+        // That turn's place in the run queue is just before the consumer.
+        let turn = if asked { self.first_turn_for_rows(since) } else { None };
         if asked && self.watchdog.has_one_thread() {
             return self.of_delay_in_order(turn, since, now);
         }
-        if turn.is_some_and(|turn| turn <= since + Watchdog::CATCH_UP) {
-            // Some thread was free.
+        if turn.is_some_and(|turn| turn <= since + CATCH_UP) {
+            // A thread was free, so the runtime could have run the consumer.
             return Whose { own: life, ..Whose::default() };
         }
-        let others = self.late_up_to(since, now);
-        Whose { others, own: life - others, ..Whose::default() }
+        let late = self.late_up_to(since, now);
+        // If a turn is still overdue, the thread that it needs may be the one that the consumer had until now.
+        let overdue = self.watchdog.overdue_since(self.offset + now);
+        let doubtful =
+            overdue.map_or(0, |from| now - from.saturating_sub(self.offset).clamp(since, now)).min(late);
+        Whose { others: late - doubtful, doubtful, own: life - late }
     }
 
-    /// The same where tasks run in the order in which they were woken: `turn` came just before the consumer.
+    /// Does the same if tasks run in the order in which they were woken: `turn` ran just before the consumer.
     fn of_delay_in_order(&self, turn: Option<Nanos>, since: Nanos, now: Nanos) -> Whose {
         let life = now.saturating_sub(since);
-        let asked_in_wait = self.asked_in_wait.load(Ordering::Relaxed);
-        if asked_in_wait != NEVER && self.first_turn_after(asked_in_wait).is_none() {
-            // The consumer has not let go of the thread since.
+        let asked = self.asked_in_wait.load(Ordering::Relaxed);
+        if asked != NEVER && self.first_turn_after(asked).is_none() {
+            // The consumer has not yielded the thread since.
             return Whose { own: life, ..Whose::default() };
         }
         if let Some(turn) = turn {
             let others = turn.clamp(since, now) - since;
             return Whose { others, own: life - others, ..Whose::default() };
         }
-        // The consumer stood in the run queue before, for another reason; maybe behind an earlier turn.
+        // Something else had woken the consumer before; it may have been queued behind an earlier turn.
         let others = self.first_turn_after(since).map_or(0, |turn| turn.clamp(since, now) - since);
         Whose { others, doubtful: life - others, ..Whose::default() }
     }
 
-    /// How long a consumer with rows in hand surely kept the only thread.
+    /// How long a consumer that held rows certainly kept the only thread.
     pub(crate) fn kept_thread(&self, since: Nanos, now: Nanos) -> Nanos {
         let asked = self.asked_in_hand.load(Ordering::Relaxed);
         let kept = asked != NEVER && self.first_turn_after(asked).is_none();
@@ -219,7 +239,7 @@ impl Evidence {
         self.producer_woken.store(now, Ordering::Relaxed);
     }
 
-    /// Whether the producer has not run since.
+    /// Whether the producer has not run since the consumer woke it.
     pub(crate) fn producer_is_woken(&self) -> bool {
         self.producer_woken.load(Ordering::Relaxed) != NEVER
     }
@@ -228,11 +248,9 @@ impl Evidence {
         self.producer_woken.store(NEVER, Ordering::Relaxed);
     }
 
-    /// Keeps what was found out, for times of doubt.
+    /// Remembers the evidence, by which `resolve` attributes doubtful periods.
     pub(crate) fn weigh(&self, whose: &Whose) {
-        let asked =
-            [&self.asked_in_wait, &self.asked_by_rows].iter().any(|at| at.load(Ordering::Relaxed) != NEVER);
-        if !self.watchdog.has_one_thread() || !(asked || whose.doubtful > 0) {
+        if whose.doubtful == 0 && whose.others <= AT_ONCE {
             return;
         }
         let (doubtful, others) = (self.doubtful.load(Ordering::Relaxed), self.others.load(Ordering::Relaxed));
@@ -243,11 +261,11 @@ impl Evidence {
         add(&self.doubts, u64::from(whose.doubtful > AT_ONCE));
     }
 
-    /// Puts what is doubtful down to others until there have been some doubts, and then if others surely kept the
-    /// thread for a good part of the time, too.
+    /// Attributes doubtful time to others for the first `DOUBTS` times, and after that as long as others were seen to
+    /// keep the thread for a good part of the time; otherwise to the consumer.
     pub(crate) fn resolve(&self, whose: Whose) -> Whose {
         let (doubtful, others) = (self.doubtful.load(Ordering::Relaxed), self.others.load(Ordering::Relaxed));
-        let was_others = self.doubts.load(Ordering::Relaxed) < DOUBTS || others * 4 >= doubtful;
+        let was_others = self.doubts.load(Ordering::Relaxed) < DOUBTS || others * GOOD_PART >= doubtful;
         if was_others {
             Whose { others: whose.others + whose.doubtful, doubtful: 0, ..whose }
         } else {
@@ -255,7 +273,7 @@ impl Evidence {
         }
     }
 
-    /// Whether what is doubtful is the consumer's from the first time on, for tests.
+    /// If `none`, attributes doubtful time to the consumer from the first time on.
     #[cfg(test)]
     pub(crate) fn give_no_benefit_of_the_doubt(&self, none: bool) {
         self.doubts.store(if none { DOUBTS } else { 0 }, Ordering::Relaxed);
@@ -270,9 +288,7 @@ impl Evidence {
         self.watchdog.first_turn_after(self.offset + moment).map(|turn| turn.saturating_sub(self.offset))
     }
 
-    fn first_turn_queued_after(&self, moment: Nanos) -> Option<Nanos> {
-        self.watchdog
-            .first_turn_queued_after(self.offset + moment)
-            .map(|turn| turn.saturating_sub(self.offset))
+    fn first_turn_for_rows(&self, moment: Nanos) -> Option<Nanos> {
+        self.watchdog.first_turn_for_rows(self.offset + moment).map(|turn| turn.saturating_sub(self.offset))
     }
 }

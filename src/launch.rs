@@ -1,8 +1,8 @@
-//! `Launch`: what produces a stream's rows, run by the consumer's own polls until a task of its own pays.
+//! `Launch`: the work that produces a stream's rows, run by the consumer's own polls until it pays to spawn a task.
 //!
-//! A short result is there with the first answer of Postgres. For that no task is spawned and no row changes
-//! threads: the consumer, who waits anyway, reads it. All that takes longer, or needs timers and sockets, goes
-//! over into a task.
+//! A short result arrives with the first answer of Postgres. It needs no task, and no row changes threads: the
+//! consumer, which is waiting anyway, reads it. Work that takes longer, or needs timers and sockets, moves into a
+//! task.
 
 use std::fmt;
 use std::pin::Pin;
@@ -18,7 +18,8 @@ use crate::watchdog::{Chore, Watchdog};
 
 pub(crate) type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// The work of one stream. Dropped, it goes on in a task until it has found out and cleaned up.
+/// The work of one stream. If this is dropped before the work is done, the work finishes in a task, clean-up
+/// included.
 #[derive(Debug)]
 pub(crate) struct Launch(Arc<Inner>);
 
@@ -26,7 +27,7 @@ struct Inner {
     runtime: Handle,
     watchdog: Arc<Watchdog>,
     handover: Handover,
-    /// Until it goes over into a task, or is done.
+    /// `None` once it has moved into a task or is done.
     work: Mutex<Option<Work>>,
     heartbeat: Heartbeat,
     is_old: AtomicBool,
@@ -48,7 +49,7 @@ impl Launch {
         Self(inner)
     }
 
-    /// Does what can be done now; returns whether the caller is to poll again.
+    /// Does the work that can be done now; returns whether the caller has to poll again.
     pub(crate) fn poll(&self, cx: &mut Context<'_>) -> bool {
         let inner = &self.0;
         let mut slot = lock(&inner.work);
@@ -61,7 +62,7 @@ impl Launch {
         slot.is_some()
     }
 
-    /// Lets the work go on by itself.
+    /// Moves the work into a task.
     pub(crate) fn hand_over(&self) {
         let work = lock(&self.0.work).take();
         self.0.spawn(work);
@@ -85,14 +86,14 @@ impl Inner {
 }
 
 impl Chore for Inner {
-    /// A consumer that waits for long, or is busy elsewhere, needs a task that fills the channel; and whoever
-    /// watches a stream that lives for long wants to hear of it now and then.
+    /// Moves the work into a task the first time, as its consumer waits for long or is busy elsewhere; logs the
+    /// heartbeat after that.
     fn run(&self) -> Option<Duration> {
         if self.is_old.swap(true, Ordering::Relaxed) {
             self.heartbeat.log();
             return Some(Heartbeat::EVERY);
         }
-        // Whoever holds the lock polls at this moment.
+        // If the lock is held, the work is being polled at this moment: try again soon.
         if let Ok(mut slot) = self.work.try_lock() {
             let work = slot.take();
             drop(slot);
@@ -111,7 +112,7 @@ impl fmt::Debug for Inner {
     }
 }
 
-/// Where a work is run; known to the work itself, which asks for a task when it needs one.
+/// Where the work runs. Shared with the work itself, which asks for a task when it needs one.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Handover(Arc<AtomicU8>);
 
@@ -120,7 +121,7 @@ const WANTS_TASK: u8 = 1;
 const IN_TASK: u8 = 2;
 
 impl Handover {
-    /// Goes on in a task: with timers and sockets at hand, and whether or not the consumer polls.
+    /// Continues in a task, where timers and sockets can be used and the consumer need not poll.
     pub(crate) async fn ensure_task(&self) {
         std::future::poll_fn(|_| {
             let wants = self.0.compare_exchange(BY_POLLS, WANTS_TASK, Ordering::Relaxed, Ordering::Relaxed);
@@ -137,10 +138,18 @@ impl Handover {
         self.0.load(Ordering::Relaxed) == WANTS_TASK
     }
 
-    /// That of a work which is in a task already.
+    /// The handover of work that is in a task already.
     #[cfg(test)]
     pub(crate) fn done() -> Self {
-        Self(Arc::new(AtomicU8::new(IN_TASK)))
+        let handover = Self::default();
+        handover.enter_task();
+        handover
+    }
+
+    /// The work is in a task from here on.
+    #[cfg(test)]
+    pub(crate) fn enter_task(&self) {
+        self.0.store(IN_TASK, Ordering::Relaxed);
     }
 }
 

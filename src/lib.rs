@@ -74,6 +74,7 @@ mod stats;
 mod stream;
 mod telemetry;
 mod time;
+mod turns;
 mod watchdog;
 
 pub use connection::{Builder, Connection, Hold, StreamError};

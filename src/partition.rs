@@ -1,14 +1,14 @@
-//! `Partition`: a life cut into states, and `Window`: what it added up to some seconds ago.
+//! `Partition`: a lifetime divided into states, and `Window`: its sums over the last seconds.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crate::time::Nanos;
 
-/// A life cut into `N` states.
+/// A lifetime divided into `N` states.
 #[derive(Debug)]
 pub(crate) struct Partition<const N: usize> {
     sums: [AtomicU64; N],
-    /// The running state; `OVER` once the life is over.
+    /// The current state; `OVER` once the lifetime is over.
     state: AtomicUsize,
     since: AtomicU64,
 }
@@ -24,7 +24,8 @@ impl<const N: usize> Partition<N> {
         }
     }
 
-    /// Enters a state; `parts` are what the time in the one before is put down to.
+    /// Enters a state and attributes the time in the previous one as `parts` says. Does nothing once the lifetime is
+    /// over.
     pub(crate) fn enter(&self, state: usize, now: Nanos, parts: [Nanos; N]) {
         if self.is(OVER) {
             return;
@@ -46,7 +47,7 @@ impl<const N: usize> Partition<N> {
         self.since.load(Ordering::Relaxed)
     }
 
-    /// The running state's time up to now, all of it put down to that state.
+    /// The time in the current state up to `now`, all of it attributed to that state.
     pub(crate) fn running(&self, now: Nanos) -> [Nanos; N] {
         let mut parts = [0; N];
         if let Some(part) = parts.get_mut(self.state.load(Ordering::Relaxed)) {
@@ -59,7 +60,7 @@ impl<const N: usize> Partition<N> {
         std::array::from_fn(|i| self.sums[i].load(Ordering::Relaxed) + running[i])
     }
 
-    /// Puts time down to another state that was put down to `from`, at most what there is.
+    /// Moves time from one state to another, at most as much as there is.
     pub(crate) fn shift(&self, from: usize, to: usize, time: Nanos) {
         let sum = self.sums[from].load(Ordering::Relaxed);
         let moved = time.min(sum);
@@ -68,7 +69,7 @@ impl<const N: usize> Partition<N> {
     }
 }
 
-/// Adds to a counter that has one writer at a time: cheaper than an atomic addition.
+/// Adds to a counter that has one writer at a time, which is cheaper than an atomic addition.
 pub(crate) fn add(counter: &AtomicU64, value: u64) {
     counter.store(counter.load(Ordering::Relaxed).wrapping_add(value), Ordering::Relaxed);
 }
@@ -80,7 +81,7 @@ pub(crate) struct Sums<const N: usize> {
     pub(crate) sums: [Nanos; N],
 }
 
-/// The sums of a partition over the near past, a mark for each second.
+/// The sums of a partition at each of the last seconds.
 #[derive(Debug)]
 pub(crate) struct Window<const N: usize> {
     marks: [Mark<N>; MARKS],
@@ -96,7 +97,7 @@ struct Mark<const N: usize> {
 /// The length of the sliding window.
 const WINDOW: Nanos = 10_000_000_000;
 const MARK_EVERY: Nanos = 1_000_000_000;
-/// One more than the window has seconds, and one for the mark being written.
+/// One more than the window has seconds, plus one for the mark that is being written.
 const MARKS: usize = 12;
 
 impl<const N: usize> Window<N> {
@@ -105,7 +106,7 @@ impl<const N: usize> Window<N> {
         Self { marks: std::array::from_fn(mark), marked: AtomicUsize::new(0) }
     }
 
-    /// Notes the sums if the last mark is old enough.
+    /// Marks the sums if the last mark is a second old.
     pub(crate) fn mark(&self, partition: &Partition<N>, now: Nanos) {
         let marked = self.marked.load(Ordering::Relaxed);
         let last = self.marks[marked % MARKS].at.load(Ordering::Relaxed);
@@ -120,7 +121,7 @@ impl<const N: usize> Window<N> {
         self.marked.store(marked + 1, Ordering::Relaxed);
     }
 
-    /// The sums one window before `now`, between the two marks around that moment in proportion.
+    /// The sums one window before `now`, interpolated between the two marks around that moment.
     pub(crate) fn start(&self, now: Sums<N>) -> Sums<N> {
         let then = now.at.saturating_sub(WINDOW);
         let mut after = now;

@@ -13,7 +13,7 @@ use crate::source::Source;
 /// that came before is in the channel. `Closed` says that the consumer left first.
 ///
 /// Room is asked for before rows are read, so what is read can always be sent and at most one row waits
-/// outside of the channel's bounds. If there is more than one chunk, it goes on in a task.
+/// outside of the channel's bounds. Moves into a task if there is more than one chunk.
 pub(crate) async fn run(
     sender: &mut Sender,
     source: &mut impl Source,
@@ -33,6 +33,11 @@ pub(crate) async fn run(
             cutter.filling = sender.send(chunk);
             cutter.filling.expect(rows, bytes);
         }
+        let cut = match cut {
+            // A result that ends with its first chunk needs no task.
+            Ok(false) if !handover.is_done() => cutter.look_for_end(source).await,
+            cut => cut,
+        };
         match cut {
             Ok(false) => {
                 if !handover.is_done() {
@@ -75,6 +80,20 @@ impl Cutter {
             }
         }
         Poll::Ready(Ok(false))
+    }
+
+    /// Returns whether the source has ended, as far as that is known now; holds the row that comes instead.
+    async fn look_for_end(&mut self, source: &mut impl Source) -> Result<bool, Error> {
+        if self.held.is_some() {
+            return Ok(false);
+        }
+        let look =
+            std::future::poll_fn(|cx| Poll::Ready(source.poll_row(cx, |row| self.held = Some(row.to_vec()))));
+        match look.await {
+            Poll::Ready(Some(Err(error))) => Err(error),
+            Poll::Ready(Some(Ok(()))) | Poll::Pending => Ok(false),
+            Poll::Ready(None) => Ok(true),
+        }
     }
 
     /// Adds a row, or holds it if it does not fit.
@@ -214,6 +233,31 @@ mod tests {
         assert!(matches!(assert_ready!(work.poll()), Ok(Ok(()))));
         drop(work);
         assert_eq!(chunks(&mut receiver).0, [1, 1]);
+    }
+
+    #[test]
+    fn a_result_of_exactly_one_chunk_ends_without_a_task() {
+        let (mut sender, mut receiver) = channel();
+        let by_polls = Handover::default();
+        let mut source = From(futures::stream::iter(["1"; 4].map(Ok)));
+        let mut work = task::spawn(run(&mut sender, &mut source, &by_polls));
+        assert!(matches!(assert_ready!(work.poll()), Ok(Ok(()))));
+        drop(work);
+        assert_eq!(chunks(&mut receiver).0, [4]);
+    }
+
+    #[test]
+    fn a_row_behind_the_first_chunk_waits_for_the_task_and_keeps_its_place() {
+        let (mut sender, mut receiver) = channel();
+        let by_polls = Handover::default();
+        let mut source = From(futures::stream::iter(["1", "2", "3", "4", "5"].map(Ok)));
+        let mut work = task::spawn(run(&mut sender, &mut source, &by_polls));
+        assert_pending!(work.poll());
+        assert_eq!(chunks(&mut receiver).0, [4]);
+        by_polls.enter_task();
+        assert!(matches!(assert_ready!(work.poll()), Ok(Ok(()))));
+        drop(work);
+        assert_eq!(chunks(&mut receiver).0, [1]);
     }
 
     #[test]

@@ -126,17 +126,19 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
         self
     }
 
-    /// Sends the query. Returns once Postgres has accepted its text, before any row: rows, statistics and
-    /// cancelling begin here.
+    /// Sends the query. Returns before any row: rows, statistics and cancelling begin here. The first time that this
+    /// text is sent on this connection, it returns once Postgres has prepared it; later at once, and an error of
+    /// Postgres is the first item of the stream.
     ///
-    /// Below the caller's current span there is from now on a span of this query.
+    /// Opens a span of this query below the caller's current span.
     ///
     /// # Errors
     ///
-    /// [`Config`](crate::ErrorKind::Config) for a setting that can't work, values that do not fit the
-    /// parameters, or a column `data` that is not json or jsonb; [`Query`](crate::ErrorKind::Query) when
-    /// Postgres refuses the statement, for instance because there is no such relation;
-    /// [`Disconnected`](crate::ErrorKind::Disconnected) when the connection is gone.
+    /// [`Config`](crate::ErrorKind::Config) for a setting that can't work, values that do not fit the parameters, or
+    /// a column `data` that is not json or jsonb; [`Query`](crate::ErrorKind::Query) when Postgres refuses the
+    /// statement, for example because there is no such relation; [`Disconnected`](crate::ErrorKind::Disconnected)
+    /// when the connection is lost; [`TransactionAborted`](crate::ErrorKind::TransactionAborted), once, when a stream
+    /// that was dropped before has aborted your transaction.
     ///
     /// # Cancel safety
     ///
@@ -150,11 +152,12 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
     }
 
     async fn start(&mut self, entity: &Arc<str>) -> Result<Parts<T>> {
-        let limits = Limits::new(self.chunk_size, self.max_memory)?;
-        let text = self.sql.text()?;
-        let runtime = Handle::try_current().map_err(|_| Error::no_runtime())?;
+        let (limits, text, runtime) = match self.check() {
+            Ok(checked) => checked,
+            Err(error) => return Err(self.refuse(error)),
+        };
         let session = Arc::clone(&self.connection.borrow().session);
-        let turn = session.turn_for_query().await?;
+        let turn = session.turn_for_query().await.map_err(|error| self.refuse(error))?;
 
         let watchdog = Watchdog::of(&runtime);
         let (sender, mut receiver) = bounded(limits, Clock::start(), Arc::clone(&watchdog));
@@ -198,6 +201,20 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
                 Err(error)
             }
         }
+    }
+
+    /// What can be checked before anything is sent.
+    fn check(&self) -> Result<(Limits, String, Handle)> {
+        let limits = Limits::new(self.chunk_size, self.max_memory)?;
+        let text = self.sql.text()?;
+        let runtime = Handle::try_current().map_err(|_| Error::no_runtime())?;
+        Ok((limits, text, runtime))
+    }
+
+    /// Counts a stream that never began.
+    fn refuse(&self, error: Error) -> Error {
+        self.connection.borrow().telemetry.instruments.count_refusal(&error);
+        error
     }
 
     /// Opens the query span and all else that tells of the stream.

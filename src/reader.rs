@@ -1,4 +1,4 @@
-//! `Reader`: takes chunks out of the channel, turns rows into `T`, and knows whose time it is.
+//! `Reader`: takes chunks from the channel, decodes rows into `T`, and records where the consumer's time goes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,11 +28,11 @@ pub(crate) struct Reader<T: FromJson> {
     producing: Producing,
     unseen_failure: Arc<AtomicBool>,
     limit: Option<u64>,
-    /// An error behind the rows that `next_chunk` gave out.
+    /// The error that follows the rows last returned by `next_chunk`.
     held: Option<Error>,
-    /// When the poll began that waits for a chunk.
+    /// When the poll began that is waiting for a chunk.
     polled: Option<Nanos>,
-    /// It found the channel empty.
+    /// That poll found the channel empty.
     waited: bool,
     paused: bool,
 }
@@ -42,10 +42,10 @@ enum Producing {
     /// In this reader's own polls.
     ByPolls(Launch),
     InTask {
-        /// Keeps the heartbeat going.
+        /// Keeps the heartbeat alive.
         _launch: Launch,
     },
-    /// Nowhere any more.
+    /// Nowhere: the stream has ended.
     Over,
 }
 
@@ -81,7 +81,7 @@ impl<T: FromJson> Reader<T> {
         }
     }
 
-    /// The next row, if one is here already. Looking is not waiting.
+    /// The next row, if it has arrived already. A look does not count as waiting.
     pub(crate) fn next_ready(&mut self) -> Option<Result<T>> {
         self.resume();
         loop {
@@ -109,7 +109,7 @@ impl<T: FromJson> Reader<T> {
             if self.ended {
                 return Poll::Ready(None);
             }
-            // A source that never pauses must not keep the thread from other tasks.
+            // A source that always has rows must not keep other tasks from running.
             let Poll::Ready(budget) = tokio::task::coop::poll_proceed(cx) else {
                 self.receiver.yield_thread();
                 return Poll::Pending;
@@ -122,7 +122,7 @@ impl<T: FromJson> Reader<T> {
         }
     }
 
-    /// The rows of the next chunk, or an error that stands before them.
+    /// The rest of the current chunk or the next chunk, or the error that precedes its rows.
     pub(crate) async fn next_chunk(&mut self) -> Result<Option<Vec<T>>> {
         let Some(first) = std::future::poll_fn(|cx| self.poll_row(cx)).await.transpose()? else {
             return Ok(None);
@@ -140,7 +140,7 @@ impl<T: FromJson> Reader<T> {
         Ok(Some(rows))
     }
 
-    /// Takes all that is left without looking at it.
+    /// Takes all remaining chunks without decoding them.
     pub(crate) async fn drain(&mut self) -> Result<()> {
         self.resume();
         self.held = None;
@@ -155,7 +155,7 @@ impl<T: FromJson> Reader<T> {
 
     pub(crate) fn pause(&mut self) {
         self.leave_to_task();
-        // A poll that still waits is given up: what comes next is not its time.
+        // A poll that is still waiting ends here: the pause is not part of its time.
         (self.polled, self.waited, self.paused) = (None, false, true);
         self.receiver.pause();
     }
@@ -166,10 +166,10 @@ impl<T: FromJson> Reader<T> {
         }
     }
 
-    /// Ends the stream, wherever it is.
+    /// Ends the stream at any point.
     pub(crate) fn end(&mut self) {
         let is_complete = self.is_complete();
-        // First the times stand still, then they are recorded.
+        // The times must stand still before they are recorded.
         self.receiver.close();
         self.recorder.ended(is_complete.then_some(Ok(())));
         self.ended = true;
@@ -195,11 +195,11 @@ impl<T: FromJson> Reader<T> {
         taken
     }
 
-    /// Has this poll produce the rows that it looks for.
+    /// Produces rows within this poll.
     #[cold]
     fn produce(&mut self, cx: &mut Context<'_>) {
         if self.waited {
-            // Who produces rows must not be woken by them.
+            // A task that produces the rows itself must not be woken by them.
             self.receiver.forget_waker();
         }
         if let Producing::ByPolls(launch) = &self.producing
@@ -209,7 +209,7 @@ impl<T: FromJson> Reader<T> {
         }
     }
 
-    /// From here on rows are produced whether or not this stream is polled.
+    /// Moves production into a task: from here on rows are produced whether or not this stream is polled.
     fn leave_to_task(&mut self) {
         self.producing = match std::mem::replace(&mut self.producing, Producing::Over) {
             Producing::ByPolls(launch) => {
@@ -220,7 +220,7 @@ impl<T: FromJson> Reader<T> {
         };
     }
 
-    /// A poll begins that the chunk in hand cannot serve, unless one goes on already.
+    /// Begins a poll for a further chunk, unless one is under way; returns when it began.
     fn polling(&mut self) -> Nanos {
         if let Some(polled) = self.polled {
             return polled;
@@ -233,11 +233,11 @@ impl<T: FromJson> Reader<T> {
         now
     }
 
-    /// Makes what was taken the chunk in hand; an error ends the stream.
+    /// Makes the chunk that was taken the current one, or ends the stream; returns the error that ended it.
     fn accept(&mut self, taken: Taken) -> Option<Error> {
         let end = match taken {
             Taken::Chunk { chunk, occupancy, came_late, at } => {
-                // A consumer that takes the first rows at once when it is woken had found none.
+                // A consumer that was woken and takes the first rows at once had found the channel empty.
                 let found_none = std::mem::take(&mut self.waited) && !came_late;
                 self.take_chunk(chunk, (occupancy, found_none), at);
                 return None;
@@ -277,7 +277,7 @@ impl<T: FromJson> Reader<T> {
         self.chunk.take(chunk);
     }
 
-    /// The next item that can be given out without looking into the channel.
+    /// The next item that can be returned without looking into the channel.
     #[inline]
     fn next_in_hand(&mut self) -> Option<Result<T>> {
         if let Some(error) = self.held.take() {
@@ -286,7 +286,7 @@ impl<T: FromJson> Reader<T> {
         self.next_in_chunk()
     }
 
-    /// The next row of the chunk in hand that the predicate lets pass.
+    /// The next row of the current chunk that the predicate accepts.
     fn next_in_chunk(&mut self) -> Option<Result<T>> {
         loop {
             let value = self.sampler.decode(&self.observer, &mut self.chunk)?;
@@ -314,5 +314,5 @@ impl<T: FromJson> Drop for Reader<T> {
     }
 }
 
-// Nothing in it is ever pinned.
+// Nothing in it is pinned.
 impl<T: FromJson> Unpin for Reader<T> {}

@@ -1,51 +1,61 @@
 //! What a stream tells of itself, and the one rule that turns times into a verdict.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::error::OneLine;
 use crate::gauge::Gauge;
 use crate::ledger::{Consumer, Producer, Times};
 use crate::time::Nanos;
 
 /// Which side sets the pace of a stream.
 ///
-/// It names a side, not a fault: a stream that goes as fast as your disk writes is `ConsumerBound` and well.
-/// The [`Shares`] beside it say how much it matters: up to 10 % of the time is nothing, up to 50 % is some, above
-/// that the stream is bound by that side.
+/// It names a side, not a fault: a stream that runs as fast as your disk writes is `ConsumerBound`, and healthy.
+/// The [`Shares`] say how much it matters: a share of up to 10 % can be ignored, up to 50 % costs something, and
+/// above 50 % that side decides how fast the stream is.
 ///
 /// # How it is found
 ///
-/// Each moment of a stream's life belongs to one of four shares, by who waits for whom:
+/// Every moment of a stream's life, pauses excepted, counts towards one of four shares:
 ///
-/// | share | at that moment | if it dominates |
-/// |---|---|---|
-/// | backlog | your code is busy, and rows, or the end, wait in the channel for it | [`ConsumerBound`](Self::ConsumerBound) |
-/// | source wait | your code waits, and the channel is empty | [`SourceBound`](Self::SourceBound) |
-/// | scheduled | your code waits and is ready to go on, but the async runtime is late to run it | [`RuntimeBound`](Self::RuntimeBound) |
-/// | overlap | your code is busy, and the channel is empty: nobody waits | |
+/// | share | your code | the channel | if it dominates |
+/// |---|---|---|---|
+/// | backlog | is busy | holds rows, or the end of the stream | [`ConsumerBound`](Self::ConsumerBound) |
+/// | source wait | waits for a row | is empty | [`SourceBound`](Self::SourceBound) |
+/// | scheduled | is ready to run, but the async runtime is late to run it | | [`RuntimeBound`](Self::RuntimeBound) |
+/// | overlap | is busy | is empty: nobody waits | |
 ///
-/// A share dominates if it is above 10 % and at least twice the next of the first three. If none does, but the
-/// three add up to more than half of the time, the verdict is [`Mixed`](Self::Mixed); else it is
-/// [`Balanced`](Self::Balanced).
+/// One of the first three dominates if it is above 10 % and at least twice as large as the next. If none
+/// dominates, the verdict is [`Mixed`](Self::Mixed) if the three add up to more than 50 %, and
+/// [`Balanced`](Self::Balanced) otherwise.
 ///
-/// A consumer that was woken because rows came, and does not come for them, is either kept from it by the runtime
-/// or busy with something else: another branch of a `select!`, the batch before, a `join!`ed future. It is the
-/// runtime's time only as far as there is evidence that the runtime was late: a timer in a task of its own did not
-/// run in time either. All other time is the consumer's, and is backlog. A consumer that comes within 0.5 ms comes
-/// at once.
+/// When rows arrive, the task that waits for them is woken. If it takes them within 0.5 ms, that delay counts as
+/// scheduled. If it takes longer, one of two things happened:
+///
+/// - **The runtime was late.** This takes evidence: a task that does nothing but check the runtime ran late as
+///   well. Only the delay that the evidence covers counts as scheduled. A late runtime cannot read rows from the
+///   socket either, so the end of a wait for rows counts as scheduled as far as the runtime was late.
+/// - **Your task was busy with something else**: another branch of a `select!`, another future of a `join!`, the
+///   previous batch. All delay without evidence against the runtime counts as backlog.
+///
+/// The 0.5 ms also decide what the histogram `fraiseql_channel_occupancy_rows` records for a poll that had to wait:
+/// 0 if the first rows were taken within that time, or else everything that was in the channel when they were taken.
 ///
 /// # What it cannot know
 ///
-/// - Code that blocks the only thread of a current-thread runtime makes every timer late. Whether the stream's own
-///   task blocks it or another one is found out by the order in which tasks run; that takes two or three such
-///   times, and it can fail where the stream's task is woken by more than its rows: by a timer in a `select!`, or by
-///   a second stream in the same task. A runtime with a single worker counts as one with several here.
-/// - Time in which your code holds rows is your code's, even if it awaits something that a starved runtime makes
-///   late.
-/// - The first delays of a runtime that was well before, for some tens of milliseconds, may be missed.
-/// - What happens on the far side of the socket is Postgres: a slow network looks like a slow database.
+/// - **Who blocks a current-thread runtime.** Code that blocks the only thread delays every task. Whether the
+///   stream's own task or another one blocks it is found out from the order in which tasks run. The first two
+///   delays in doubt count as the runtime's. The order proves nothing if something other than rows also wakes the
+///   stream's task, such as a timer in a `select!` or a second stream: `ConsumerBound` and `RuntimeBound` may be
+///   confused then. A multi-thread runtime with one worker is treated as if it had several.
+/// - **What your code awaits while it holds rows.** That time is your code's, even if a late runtime delays what
+///   it awaits.
+/// - **Isolated delays of the runtime.** The runtime is checked every 250 ms, every 10 ms while streams have waits
+///   of 2 ms or more, and every 2 ms while it is suspected to be late. A delay between two checks may go unnoticed:
+///   it counts as backlog if rows had arrived, and as source wait otherwise.
+/// - **What is behind the socket.** A slow network looks like a slow database.
 ///
 /// # Examples
 ///
@@ -61,17 +71,26 @@ pub enum Verdict {
     ConsumerBound,
     /// Your code waits for rows: Postgres or the network is slow.
     SourceBound,
-    /// Your code waits for the async runtime: something blocks its threads, or there is more work than they can do.
+    /// Your code is ready and the async runtime is late to run it: something blocks its threads, or there is more
+    /// work than they can do.
     RuntimeBound,
-    /// Somebody waits most of the time, and no side sets the pace alone.
+    /// Somebody waits for more than half of the time, and no side dominates; the shares say who.
+    ///
+    /// ```
+    /// use fraiseql_stream::{Shares, Verdict};
+    ///
+    /// let mut shares = Shares::default();
+    /// (shares.scheduled, shares.source_wait, shares.overlap) = (0.5, 0.4, 0.1);
+    /// assert_eq!(shares.verdict(), Verdict::Mixed);
+    /// ```
     Mixed,
-    /// No side waits much.
+    /// No side dominates, and nobody waits for more than half of the time.
     Balanced,
 }
 
 impl Verdict {
-    /// Returns the name in metrics, spans and JSON: `consumer_bound`, `source_bound`, `runtime_bound`, `mixed` or
-    /// `balanced`.
+    /// Returns the name used in metrics, spans and JSON: `consumer_bound`, `source_bound`, `runtime_bound`, `mixed`
+    /// or `balanced`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::ConsumerBound => "consumer_bound",
@@ -86,7 +105,7 @@ impl Verdict {
         match self {
             Self::ConsumerBound => ": Postgres waited for your code, not the other way round",
             Self::SourceBound => ": your code waited for Postgres",
-            Self::RuntimeBound => ": rows were there, but the async runtime did not run the task",
+            Self::RuntimeBound => ": your code was ready, but the async runtime was late to run it",
             Self::Mixed | Self::Balanced => "",
         }
     }
@@ -121,7 +140,7 @@ pub struct Shares {
     pub backlog: f64,
     /// The consumer waited and the channel was empty.
     pub source_wait: f64,
-    /// The consumer was ready to go on, but the async runtime was late to run it.
+    /// The consumer was ready to run, but the async runtime was late to run it.
     pub scheduled: f64,
     /// The consumer was busy and the channel was empty: nobody waited.
     pub overlap: f64,
@@ -148,7 +167,8 @@ impl Shares {
         }
     }
 
-    /// Returns the verdict on these shares; [`Verdict`] has the rule.
+    /// Returns the verdict on these shares, by the rule described at [`Verdict`]. Without any time, as in
+    /// `Shares::default()`, it is `Balanced`.
     pub fn verdict(&self) -> Verdict {
         let [(side, largest), (_, next), (_, least)] = self.sides();
         if largest > 0.1 && largest >= 2.0 * next {
@@ -160,8 +180,19 @@ impl Shares {
         }
     }
 
-    /// Returns the share that the verdict rests on: for `Mixed` that of all who waited, for `Balanced` that of the
-    /// time in which nobody did.
+    /// Returns the share that the verdict is based on: that of the side it names, the sum of the three waits for
+    /// `Mixed`, and `overlap` for `Balanced`.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use fraiseql_stream::{Shares, Verdict};
+    ///
+    /// let mut shares = Shares::default();
+    /// (shares.backlog, shares.source_wait, shares.overlap) = (0.8, 0.1, 0.1);
+    /// assert_eq!(shares.verdict(), Verdict::ConsumerBound);
+    /// assert_eq!(shares.of_verdict(), 0.8);
+    /// ```
     pub fn of_verdict(&self) -> f64 {
         match self.verdict() {
             Verdict::ConsumerBound => self.backlog,
@@ -172,7 +203,7 @@ impl Shares {
         }
     }
 
-    /// The sides that may set the pace, the largest share first.
+    /// The sides that can set the pace, by their shares in descending order.
     fn sides(&self) -> [(Side, f64); 3] {
         let mut sides = [
             (Side::Consumer, self.backlog),
@@ -227,7 +258,7 @@ impl Side {
 pub struct StreamTime {
     /// Polled, and nothing was there.
     pub source_wait: Duration,
-    /// Your code was ready to go on, but the async runtime was late to run it.
+    /// Your code was ready to run, but the async runtime was late to run it.
     pub scheduled: Duration,
     /// Turning JSON into `T`. Sampled; what it gains here it loses in `consumer`.
     pub decode: Duration,
@@ -307,12 +338,12 @@ impl Stats {
         self.recent
     }
 
-    /// How far the stream got: "after 1,234 rows in 5.0 s".
+    /// How far the stream got, as in `after 1,234 rows in 5.0 s`.
     pub(crate) fn progress(&self) -> String {
         format!("after {} rows in {}", Grouped(self.rows), Seconds(self.elapsed))
     }
 
-    /// [`progress`](Self::progress), and which side set the pace.
+    /// [`progress`](Self::progress) and which side set the pace.
     pub(crate) fn summary(&self) -> String {
         format!("{}; {}{}", self.progress(), self.shares.summary(), self.verdict().advice())
     }
@@ -323,7 +354,7 @@ impl fmt::Display for Stats {
         let whole = self.elapsed.as_secs_f64().max(f64::MIN_POSITIVE);
         let part = |time: Duration| Percent(time.as_secs_f64() / whole);
         write!(
-            f,
+            OneLine(f),
             "{}: {} rows, {} in {}; {} (your code {}, decoding {}), peak {} of {}",
             self.entity,
             Grouped(self.rows),
@@ -498,6 +529,15 @@ mod tests {
         assert_eq!(verdict(0.2, 0.3, 0.0), Verdict::Balanced);
         assert_eq!(verdict(0.1, 0.2, 0.5), Verdict::RuntimeBound);
         assert_eq!(Shares::default().verdict(), Verdict::Balanced);
+    }
+
+    #[test]
+    fn statistics_are_one_line_whatever_the_entity_is_named() {
+        let (clock, _) = crate::time::manual();
+        let watchdog = Arc::new(crate::watchdog::Watchdog::new(clock.clone(), false));
+        let gauge = Arc::new(Gauge::new(1, 1, crate::ledger::Ledger::new(clock, watchdog)));
+        let observer = Observer { entity: "a\nb".into(), gauge, progress: Arc::default() };
+        assert!(observer.stats().to_string().starts_with("a\\nb: 0 rows"), "{}", observer.stats());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `JsonStream`: what a query gives to the user.
+//! `JsonStream`: the rows of a query, as the user receives them.
 
 use std::fmt;
 use std::pin::Pin;
@@ -26,13 +26,13 @@ use crate::stats::{Observer, Stats};
 ///
 /// # Cancel safety
 ///
-/// If the future of `next()` is dropped, no row is lost. Dropping the stream is the way to cancel: Postgres is asked
-/// to stop at once, also while it is silent, and the connection is clean before its next query is sent. That clean-up
-/// runs on the tokio runtime; to wait for it, for example before the program ends, use [`close`](Self::close).
+/// If the future of `next()` is dropped, no row is lost. To cancel, drop the stream: Postgres is asked to stop at
+/// once, even while it sends nothing, and the connection is clean before its next query is sent. The clean-up runs
+/// on the tokio runtime; to wait for it, for example before the program ends, use [`close`](Self::close).
 ///
-/// In a transaction that you began on the connection, a cancelled query aborts the transaction, and the next use of
-/// the connection fails once with [`TransactionAborted`](crate::ErrorKind::TransactionAborted). To stop early without
-/// that, use [`drain`](Self::drain).
+/// Inside a transaction that you began on the connection, cancelling the query aborts the transaction, and the next
+/// use of the connection fails once with [`TransactionAborted`](crate::ErrorKind::TransactionAborted). To stop early
+/// and keep the transaction, use [`drain`](Self::drain).
 ///
 /// # Memory
 ///
@@ -54,7 +54,7 @@ use crate::stats::{Observer, Stats};
 /// # }
 /// ```
 pub struct JsonStream<T: FromJson, C = Connection> {
-    // Dropped before the connection that it reads from.
+    // Declared first, so that it is dropped before the connection that it reads from.
     reader: Reader<T>,
     connection: C,
 }
@@ -81,13 +81,14 @@ impl<T: FromJson, C> JsonStream<T, C> {
         self.reader.next_ready()
     }
 
-    /// Returns the rows of the next chunk: waits for a row, and takes along those that came with it. Returns
-    /// `None` at the end of the stream.
+    /// Waits for a row and returns it together with the rest of its chunk. The vector is never empty and holds at
+    /// most [`chunk_size`](crate::Query::chunk_size) rows. Returns `None` at the end of the stream.
     ///
     /// # Errors
     ///
-    /// Those of the stream, each after all rows that precede it: rows of the same chunk are returned first, and
-    /// the next call returns the error. After a row that does not decode, the stream continues with the next row.
+    /// The errors of the stream, each after all rows that precede it: if rows of the same chunk precede the error,
+    /// they are returned first, and the next call returns the error. After a row that does not decode, the stream
+    /// continues with the next row.
     ///
     /// # Cancel safety
     ///
@@ -139,36 +140,51 @@ impl<T: FromJson, C> JsonStream<T, C> {
 }
 
 impl<T: FromJson, C: Hold> JsonStream<T, C> {
-    /// Ends the stream and returns the connection once it is clean: the query is cancelled if it still runs.
-    /// Dropping the stream does the same without waiting.
+    /// Ends the stream, cancels the query if it still runs, and returns the connection once it is clean. Rows that
+    /// were not taken are discarded. Dropping the stream does the same without waiting.
     ///
     /// # Errors
     ///
-    /// [`Disconnected`](crate::ErrorKind::Disconnected) if the query could not be brought to an end within 5 s: the
-    /// connection is closed then. [`TransactionAborted`](crate::ErrorKind::TransactionAborted) if the query was
-    /// cancelled in a transaction of yours.
+    /// [`Disconnected`](crate::ErrorKind::Disconnected) if the connection is lost, or if the query did not end within
+    /// 5 s, in which case the connection is closed; [`TransactionAborted`](crate::ErrorKind::TransactionAborted) if
+    /// the query ran inside a transaction and was cancelled.
     ///
     /// # Cancel safety
     ///
     /// If the future is dropped, the clean-up still takes place.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use futures_util::TryStreamExt;
+    /// # async fn example(db: fraiseql_stream::Connection) -> Result<(), fraiseql_stream::Error> {
+    /// let mut orders = db.into_query::<serde_json::Value>("orders").stream().await?;
+    /// let first = orders.try_next().await?;
+    /// let db = orders.close().await?; // cancels the query, and returns the connection
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn close(self) -> Result<C, C::Error> {
         let Self { reader, connection } = self;
         drop(reader);
         idle(connection).await
     }
 
-    /// Reads to the end without looking at the rows, and returns the connection. Unlike dropping the stream or
-    /// [`close`](Self::close), this cancels nothing, so that a transaction in which the stream runs stays intact.
+    /// Discards all remaining rows without decoding them, and returns the connection. Unlike [`close`](Self::close)
+    /// or dropping the stream, this does not cancel the query: if the stream runs inside a transaction, the
+    /// transaction stays intact.
     ///
-    /// Postgres sends all remaining rows: give the query a [`limit`](crate::Query::limit) where there may be many.
+    /// Postgres still sends every remaining row. Set a [`limit`](crate::Query::limit) if there may be many.
     ///
     /// # Errors
     ///
-    /// An error of Postgres that ends the stream. Rows that would not decode are no error here.
+    /// The error that ends the stream, for example one of Postgres, or
+    /// [`Disconnected`](crate::ErrorKind::Disconnected) if the connection is closed. A row that does not decode is
+    /// not an error here.
     ///
     /// # Cancel safety
     ///
-    /// If the future is dropped, the query is cancelled.
+    /// If the future is dropped, the query is cancelled, which aborts a transaction in which it runs.
     ///
     /// # Examples
     ///
@@ -194,7 +210,7 @@ impl<T: FromJson, C: Hold> JsonStream<T, C> {
     }
 }
 
-/// Waits until nothing runs on the connection.
+/// Returns the connection once nothing runs on it any more.
 async fn idle<C: Hold>(connection: C) -> Result<C, C::Error> {
     match connection.borrow().idle().await {
         Ok(()) => Ok(connection),

@@ -1,104 +1,69 @@
 //! `Watchdog`: the evidence of whether an async runtime runs its tasks in time.
 //!
-//! One task per runtime, shared by all of its streams. It sleeps on a timer, and a turn that comes late proves
-//! that the runtime was late. While a runtime is known to be late, streams also wake the task at the moments
-//! that matter to them, so that its turn takes its place in the run queue beside the consumer's.
+//! Each runtime has one watchdog, shared by all of its streams. Its main task sleeps on a timer, and a turn that runs
+//! late proves that the runtime was late. While a runtime is suspected to be late, or a consumer is slow, streams also
+//! ask for turns at the moments that matter to them, so that the turn is queued right beside the consumer's task. A
+//! second task serves the turns that are asked for by rows.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::task::Poll;
 use std::time::Duration;
 
 use tokio::runtime::{Handle, Id, RuntimeFlavor};
-use tokio::sync::Notify;
 use tokio::time::sleep;
 
 use crate::time::{Clock, Nanos};
+use crate::turns::{Bell, GRACE, Log, NEVER, lock};
 
-/// Something to do for a stream now and then, at a time that need not be exact.
+/// Something to do for a stream now and then, at times that need not be exact.
 pub(crate) trait Chore: Send + Sync {
-    /// Does it; returns after which time to do it again.
+    /// Runs the chore; returns the time after which to run it again.
     fn run(&self) -> Option<Duration>;
 }
 
-/// A chore and when it is due. One whose owner is gone is forgotten.
+/// A chore and when it is due. A chore whose owner is gone is removed.
 type Due = (Nanos, Weak<dyn Chore>);
 
 pub(crate) struct Watchdog {
     clock: Clock,
     /// One thread runs all tasks, in the order in which they were woken.
     has_one_thread: bool,
-    /// A turn that has not come by then is late.
+    /// A turn that has not run by then is late.
     overdue_at: AtomicU64,
     /// The end of the latest interval in `Log::late`.
     last_late: AtomicU64,
-    /// Since when a turn waits in the run queue that a stream asked for; `NEVER` if none does.
-    queued: AtomicU64,
-    /// When a turn was last asked for.
-    asked: AtomicU64,
-    /// Up to then the timer is near, as waits are long.
+    /// Turns asked for by consumers and turns asked for by rows: each has its own place in the run queue.
+    by_consumers: Bell,
+    by_rows: Bell,
+    /// Until then the timer is set near, because waits are long.
     watch_until: AtomicU64,
-    /// Up to then it is as near as can be, as the runtime was late.
+    /// Until then the timer is set as near as possible, because the runtime was late.
     alert_until: AtomicU64,
     log: Mutex<Log>,
-    wake: Notify,
     streams: AtomicUsize,
     chores: Mutex<Vec<Due>>,
-    /// No chore is due before.
+    /// No chore is due before then. Changes under the lock of `chores` only.
     next_chore: AtomicU64,
     /// The task is gone, and with it its runtime.
     is_gone: AtomicBool,
 }
 
-/// The turns of the near past.
-#[derive(Debug, Default)]
-struct Log {
-    /// When the next turn is due; 0 before the first.
-    due: Nanos,
-    /// From when on a turn that is overdue counts as late.
-    late_from: Nanos,
-    late: VecDeque<Late>,
-    last_turn: Nanos,
-    /// Those that were asked for.
-    turns: VecDeque<Turn>,
-}
-
-/// An interval in which the runtime was late for `total`.
-#[derive(Clone, Copy, Debug)]
-struct Late {
-    from: Nanos,
-    to: Nanos,
-    total: Nanos,
-}
-
-/// A turn that was asked for.
-#[derive(Clone, Copy, Debug)]
-struct Turn {
-    queued: Nanos,
-    ran: Nanos,
-}
-
-const NEVER: Nanos = Nanos::MAX;
 const MS: Nanos = 1_000_000;
 
 impl Watchdog {
-    /// A timer that is due soon costs a fast stream a few percent of its CPU: the kernel learns of it each time
-    /// a thread goes to sleep. So it is near only where waits are long, and nearest where it found something.
+    /// A timer that is due soon costs a fast stream a few percent of its CPU, because it is passed to the kernel each
+    /// time a thread goes to sleep. So it is near only if waits are long, and nearest if the runtime was late.
     const FAR: Nanos = 250 * MS;
     const WATCH: Nanos = 10 * MS;
     const ALERT: Nanos = 2 * MS;
-    /// What a timer may be late by: its grain is 1 ms.
-    const GRACE: Nanos = 3 * MS / 2;
-    /// Who was kept from the thread does what it had to do within this time.
-    pub(crate) const CATCH_UP: Nanos = 2 * MS;
     /// How long a runtime that was late is suspected to be late again.
     const SUSPICION: Nanos = 250 * MS;
     /// A wait of this length is likely to be followed by others, for eight times its length and at most a second.
     const LONG_WAIT: Nanos = 2 * MS;
     const LONGEST_WATCH: Nanos = 1_000 * MS;
-    const LOGGED: usize = 256;
-    /// Being late by this much is not the operating system's doing.
+    /// A delay of this length is not caused by the operating system.
     const SURELY_LATE: Nanos = 10 * MS;
 
     /// Returns the watchdog of a runtime.
@@ -106,7 +71,7 @@ impl Watchdog {
         static ALL: Mutex<Option<HashMap<Id, Weak<Watchdog>>>> = Mutex::new(None);
         let mut all = lock(&ALL);
         let all = all.get_or_insert_default();
-        // The id of a runtime that is gone may come again.
+        // The id of a runtime that is gone may be used again.
         let known = all.get(&runtime.id()).and_then(Weak::upgrade);
         if let Some(watchdog) = known.filter(|watchdog| !watchdog.is_gone()) {
             return watchdog;
@@ -116,6 +81,8 @@ impl Watchdog {
         let watchdog = Arc::new(Self::new(Clock::start(), has_one_thread));
         all.insert(runtime.id(), Arc::downgrade(&watchdog));
         runtime.spawn(Task(Arc::clone(&watchdog)).run());
+        let answering = Arc::clone(&watchdog);
+        runtime.spawn(async move { answering.answer_rows().await });
         watchdog
     }
 
@@ -125,12 +92,11 @@ impl Watchdog {
             has_one_thread,
             overdue_at: AtomicU64::new(NEVER),
             last_late: AtomicU64::new(0),
-            queued: AtomicU64::new(NEVER),
-            asked: AtomicU64::new(0),
+            by_consumers: Bell::default(),
+            by_rows: Bell::default(),
             watch_until: AtomicU64::new(0),
             alert_until: AtomicU64::new(0),
             log: Mutex::default(),
-            wake: Notify::new(),
             streams: AtomicUsize::new(0),
             chores: Mutex::default(),
             next_chore: AtomicU64::new(NEVER),
@@ -146,11 +112,11 @@ impl Watchdog {
         self.is_gone.load(Ordering::Relaxed)
     }
 
-    /// A stream begins, whose first waits may be long.
+    /// A stream begins; its first waits may be long.
     pub(crate) fn stream_begins(&self) {
         self.streams.fetch_add(1, Ordering::Relaxed);
         if let Some(now) = self.watch(2 * Self::WATCH) {
-            // The turn that wakes the timer is due at once: if it does not come, the runtime is late already.
+            // The turn that sets the timer is due at once: if it does not run, the runtime is late already.
             let mut log = lock(&self.log);
             self.set_due(&mut log, now, Self::ALERT);
         }
@@ -160,22 +126,22 @@ impl Watchdog {
         self.streams.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// A stream waited for so long.
+    /// A stream waited for `waited`.
     pub(crate) fn record_wait(&self, waited: Nanos) {
         if waited >= Self::LONG_WAIT {
             let _ = self.watch(waited.saturating_mul(8).min(Self::LONGEST_WATCH));
         }
     }
 
-    /// Keeps the timer near for a while; returns the time if the task had to be woken for that.
+    /// Keeps the timer near for a while; returns the current time if the task had to be woken for that.
     fn watch(&self, span: Nanos) -> Option<Nanos> {
         let now = self.clock.now();
         let until = self.watch_until.load(Ordering::Relaxed);
-        // Extended only when half of it is over, so that short streams do not all write here.
+        // Extended only when half of the span is over, so that not every short stream writes here.
         let wakes =
             until < now + span / 2 && self.watch_until.fetch_max(now + span, Ordering::Relaxed) <= now;
         wakes.then(|| {
-            self.wake.notify_one();
+            self.by_consumers.wake.notify_one();
             now
         })
     }
@@ -183,7 +149,7 @@ impl Watchdog {
     fn set_due(&self, log: &mut Log, now: Nanos, period: Nanos) {
         log.due = now.saturating_add(period);
         log.late_from = now.max(log.due.saturating_sub(Self::ALERT));
-        self.overdue_at.store(log.due.saturating_add(Self::GRACE), Ordering::Relaxed);
+        self.overdue_at.store(log.due.saturating_add(GRACE), Ordering::Relaxed);
     }
 
     /// Adds a chore that is first due in `Self::WATCH`.
@@ -196,12 +162,14 @@ impl Watchdog {
         now < self.alert_until.load(Ordering::Relaxed)
     }
 
-    /// Asks for a turn, which takes its place in the run queue now.
+    /// Asks for a turn, which is queued behind a consumer that runs now.
     pub(crate) fn ask(&self, now: Nanos) {
-        self.asked.store(now, Ordering::Relaxed);
-        if self.queued.compare_exchange(NEVER, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
-            self.wake.notify_one();
-        }
+        self.by_consumers.ring(now);
+    }
+
+    /// Asks for a turn, which is queued just before a consumer that is woken next.
+    pub(crate) fn ask_for_rows(&self, now: Nanos) {
+        self.by_rows.ring(now);
     }
 
     /// Returns for how long the runtime is known to have been late between two moments.
@@ -212,7 +180,7 @@ impl Watchdog {
         lock(&self.log).late_between(from, to)
     }
 
-    /// Returns for how long the runtime was late without a break up to the end of an interval.
+    /// Returns for how long the runtime was late without interruption up to the end of an interval.
     pub(crate) fn late_up_to(&self, from: Nanos, to: Nanos) -> Nanos {
         if to <= self.overdue_at.load(Ordering::Relaxed) && self.last_late.load(Ordering::Relaxed) <= from {
             return 0;
@@ -220,39 +188,37 @@ impl Watchdog {
         lock(&self.log).late_up_to(from, to)
     }
 
-    /// Whether one thread runs all tasks, one after the other in the order in which they were woken.
+    /// Whether one thread runs all tasks, in the order in which they were woken.
     pub(crate) fn has_one_thread(&self) -> bool {
         self.has_one_thread
     }
 
-    /// Returns since when a turn is overdue that has not come at `now`, where the only thread runs the caller.
-    pub(crate) fn late_since(&self, now: Nanos) -> Option<Nanos> {
-        if !self.has_one_thread || now <= self.overdue_at.load(Ordering::Relaxed) {
+    /// Returns since when a turn is overdue, if one is at `now`.
+    pub(crate) fn overdue_since(&self, now: Nanos) -> Option<Nanos> {
+        if now <= self.overdue_at.load(Ordering::Relaxed) {
             return None;
         }
         let log = lock(&self.log);
-        (now > log.due.saturating_add(Self::GRACE)).then_some(log.late_from)
+        (now > log.due.saturating_add(GRACE)).then_some(log.late_from)
     }
 
-    /// Returns when the first turn ran after `moment`.
+    /// Returns when the first turn after `moment` ran.
     pub(crate) fn first_turn_after(&self, moment: Nanos) -> Option<Nanos> {
-        let log = lock(&self.log);
-        // If it was not one that was asked for, it was the last.
-        let last = Some(log.last_turn).filter(|ran| *ran > moment);
-        log.first_turn(|turn| turn.ran > moment).or(last)
+        // If nobody asked for that turn, it was the last one.
+        let last = Some(lock(&self.log).last_turn).filter(|ran| *ran > moment);
+        self.by_consumers.first_turn(|turn| turn.ran > moment).or(last)
     }
 
-    /// Returns when the first turn ran that took its place in the run queue at `moment` or later.
-    pub(crate) fn first_turn_queued_after(&self, moment: Nanos) -> Option<Nanos> {
-        lock(&self.log).first_turn(|turn| turn.queued >= moment)
+    /// Returns when the first of the turns ran that rows asked for at `moment` or later.
+    pub(crate) fn first_turn_for_rows(&self, moment: Nanos) -> Option<Nanos> {
+        self.by_rows.first_turn(|turn| turn.queued >= moment)
     }
 
-    /// The task has its turn at `now`, for which it waited in the run queue since `queued` if a stream asked for
-    /// it. Returns when the next is due, or `NEVER` if no stream is alive.
-    fn turn(&self, queued: Nanos, now: Nanos) -> Nanos {
+    /// Records a turn of the task; returns when the next is due, or `NEVER` if there is no stream to watch.
+    fn turn(&self, now: Nanos) -> Nanos {
         let mut log = lock(&self.log);
         if log.is_late(now) {
-            // One such turn may be the operating system's; from the second on the runtime is suspect.
+            // One late turn may be caused by the operating system; from the second on the runtime is suspect.
             let watched_until = self.watch_until.fetch_max(now + Self::SUSPICION, Ordering::Relaxed);
             if now < watched_until || now - log.due >= Self::SURELY_LATE {
                 self.alert_until.store(now + Self::SUSPICION, Ordering::Relaxed);
@@ -261,19 +227,19 @@ impl Watchdog {
             self.last_late.store(now, Ordering::Relaxed);
         }
         log.last_turn = now;
-        if queued != NEVER {
-            push(&mut log.turns, Turn { queued, ran: now }, Self::LOGGED);
-        }
         let period = self.period(now);
         let is_idle = period == Self::FAR && self.streams.load(Ordering::Relaxed) == 0;
         self.set_due(&mut log, now, if is_idle { NEVER } else { period });
         log.due
     }
 
-    /// A turn at this moment, for tests.
+    /// Runs a turn now.
     #[cfg(test)]
     pub(crate) fn turn_now(&self) {
-        self.turn(self.queued.swap(NEVER, Ordering::Relaxed), self.clock.now());
+        let now = self.clock.now();
+        self.by_consumers.answer(now);
+        self.by_rows.answer(now);
+        self.turn(now);
     }
 
     fn period(&self, now: Nanos) -> Nanos {
@@ -287,7 +253,8 @@ impl Watchdog {
     }
 
     fn push_chore(&self, due: Nanos, chore: Weak<dyn Chore>) {
-        lock(&self.chores).push((due, chore));
+        let mut chores = lock(&self.chores);
+        chores.push((due, chore));
         self.next_chore.fetch_min(due, Ordering::Relaxed);
     }
 
@@ -295,11 +262,12 @@ impl Watchdog {
         if now < self.next_chore.load(Ordering::Relaxed) {
             return;
         }
-        let (due, later): (Vec<_>, Vec<_>) = std::mem::take(&mut *lock(&self.chores))
-            .into_iter()
-            .filter(|(_, chore)| chore.strong_count() > 0)
-            .partition(|(due, _)| *due <= now);
+        let mut chores = lock(&self.chores);
+        let all = std::mem::take(&mut *chores);
         self.next_chore.store(NEVER, Ordering::Relaxed);
+        drop(chores);
+        let (due, later): (Vec<_>, Vec<_>) =
+            all.into_iter().filter(|(_, chore)| chore.strong_count() > 0).partition(|(due, _)| *due <= now);
         for (due, chore) in later {
             self.push_chore(due, chore);
         }
@@ -312,86 +280,47 @@ impl Watchdog {
     }
 }
 
-impl Log {
-    fn is_late(&self, now: Nanos) -> bool {
-        self.due != 0 && now > self.due.saturating_add(Watchdog::GRACE)
-    }
-
-    fn add_late(&mut self, now: Nanos) {
-        let late = Late { from: self.late_from, to: now, total: now - self.late_from };
-        if self.late.len() == Watchdog::LOGGED
-            && let (Some(oldest), Some(next)) = (self.late.pop_front(), self.late.front_mut())
-        {
-            // A wait may be longer than the log: its oldest part gets coarser, and stays complete.
-            (next.from, next.total) = (oldest.from, next.total + oldest.total);
-        }
-        self.late.push_back(late);
-    }
-
-    fn late_up_to(&self, from: Nanos, to: Nanos) -> Nanos {
-        let mut start = if self.is_late(to) { self.late_from.max(from) } else { to };
-        let mut late = to.saturating_sub(start);
-        for interval in self.late.iter().rev() {
-            if start <= from || interval.to + Watchdog::CATCH_UP < start {
-                break;
-            }
-            late += interval.within(from, start);
-            start = interval.from;
-        }
-        late
-    }
-
-    fn late_between(&self, from: Nanos, to: Nanos) -> Nanos {
-        let logged = self.late.iter().rev().take_while(|late| late.to > from);
-        let logged: Nanos = logged.map(|late| late.within(from, to)).sum();
-        let running = if self.is_late(to) { to.saturating_sub(self.late_from.max(from)) } else { 0 };
-        (logged + running).min(to.saturating_sub(from))
-    }
-
-    fn first_turn(&self, is_after: impl Fn(&Turn) -> bool) -> Option<Nanos> {
-        self.turns.iter().rev().take_while(|turn| is_after(turn)).last().map(|turn| turn.ran)
-    }
-}
-
-impl Late {
-    fn within(&self, from: Nanos, to: Nanos) -> Nanos {
-        let covered = self.to.min(to).saturating_sub(self.from.max(from));
-        let (covered, total) = (u128::from(covered), u128::from(self.total));
-        let part = covered * total / u128::from(self.to.saturating_sub(self.from).max(1));
-        u64::try_from(part).unwrap_or(NEVER)
-    }
-}
-
-/// What runs on the runtime that is watched.
+/// The main task, which runs on the watched runtime.
 struct Task(Arc<Watchdog>);
 
 impl Task {
     async fn run(self) {
         let watchdog = &self.0;
+        let bell = &watchdog.by_consumers;
         loop {
             let now = watchdog.clock.now();
-            let queued = watchdog.queued.swap(NEVER, Ordering::Relaxed);
-            let due = watchdog.turn(queued, now);
+            let again = bell.answer(now);
+            let due = watchdog.turn(now);
             watchdog.do_chores(now);
-            let asked = watchdog.asked.load(Ordering::Relaxed);
-            if queued != NEVER && asked > queued {
-                // Asked for once more while it waited already: that one is to stand behind whom it is asked about.
-                watchdog.queued.store(asked.max(now), Ordering::Relaxed);
+            if again {
                 to_the_end_of_the_run_queue().await;
             } else if due == NEVER {
-                watchdog.wake.notified().await;
+                bell.wake.notified().await;
             } else {
                 let left = Duration::from_nanos(due.saturating_sub(now));
                 tokio::select! {
                     () = sleep(left) => {}
-                    () = watchdog.wake.notified() => {}
+                    () = bell.wake.notified() => {}
                 }
             }
         }
     }
 }
 
-/// Unlike tokio's `yield_now`, does not wait until the runtime has looked at its timers and sockets.
+impl Watchdog {
+    /// Serves the turns that rows ask for, in a second task, so that they do not wait for those of consumers.
+    async fn answer_rows(&self) {
+        loop {
+            self.by_rows.wake.notified().await;
+            while self.by_rows.answer(self.clock.now()) {
+                to_the_end_of_the_run_queue().await;
+            }
+        }
+    }
+}
+
+/// Yields to the end of the run queue. Unlike tokio's `yield_now`, it does not wait until the runtime has polled its
+/// timers and sockets.
 async fn to_the_end_of_the_run_queue() {
     let mut is_queued = false;
     std::future::poll_fn(|cx| {
@@ -407,25 +336,61 @@ async fn to_the_end_of_the_run_queue() {
 impl Drop for Task {
     fn drop(&mut self) {
         self.0.is_gone.store(true, Ordering::Relaxed);
-        // What does not run cannot be late.
+        // A runtime that is gone cannot be late.
         lock(&self.0.log).due = NEVER;
         self.0.overdue_at.store(NEVER, Ordering::Relaxed);
     }
 }
 
-fn push<T>(log: &mut VecDeque<T>, entry: T, most: usize) {
-    if log.len() == most {
-        log.pop_front();
-    }
-    log.push_back(entry);
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl std::fmt::Debug for Watchdog {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Watchdog").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Counts its runs.
+    #[derive(Default)]
+    struct Count(AtomicUsize);
+
+    impl Chore for Count {
+        fn run(&self) -> Option<Duration> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            None
+        }
+    }
+
+    #[test]
+    fn a_chore_that_is_added_while_others_are_done_is_not_forgotten() {
+        const ROUNDS: usize = 20_000;
+        let watchdog = Watchdog::new(Clock::start(), false);
+        let count = Arc::new(Count::default());
+        let chore: Weak<dyn Chore> = Arc::<Count>::downgrade(&count);
+        let done = || count.0.load(Ordering::Relaxed);
+        let start = std::time::Instant::now();
+        let wait_for = |runs| {
+            while done() < runs && start.elapsed() < Duration::from_secs(20) {
+                std::thread::yield_now();
+            }
+        };
+        // Two that add one each, and wait until both are done.
+        let add = || {
+            for round in 1..=ROUNDS {
+                watchdog.push_chore(1, Weak::clone(&chore));
+                wait_for(2 * round);
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(add);
+            scope.spawn(add);
+            while done() < 2 * ROUNDS && start.elapsed() < Duration::from_secs(20) {
+                watchdog.do_chores(1);
+                std::thread::yield_now();
+            }
+        });
+        assert_eq!(done(), 2 * ROUNDS);
     }
 }

@@ -87,6 +87,7 @@ fn reason(verdict: Verdict) -> &'static str {
         Verdict::ConsumerBound => "rows waited for your code",
         Verdict::SourceBound => "your code waited for Postgres",
         Verdict::RuntimeBound => "rows were there, your task was not run",
-        _ => "neither side waited much longer",
+        Verdict::Mixed => "somebody waited, and no side much longer than another",
+        _ => "nobody waited much",
     }
 }

@@ -1,11 +1,11 @@
-//! The statements that a connection has prepared, to be used again.
+//! The prepared statements that a connection keeps for further use.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio_postgres::Statement;
 
-/// Prepared statements by their text. The least recently used one makes room for a new one.
+/// Prepared statements by their text. If the cache is full, the least recently used one is evicted.
 #[derive(Debug)]
 pub(crate) struct Statements {
     capacity: usize,
@@ -15,7 +15,7 @@ pub(crate) struct Statements {
 #[derive(Debug, Default)]
 struct Entries {
     by_text: HashMap<Arc<str>, Entry>,
-    /// Counts uses.
+    /// The number of uses so far, which orders entries by their last use.
     uses: u64,
 }
 
@@ -50,7 +50,7 @@ impl Statements {
         let evicted = if entries.by_text.len() < self.capacity { None } else { entries.evict() };
         entries.by_text.insert(Arc::from(text), Entry { statement: statement.clone(), last_use });
         drop(entries);
-        // Closes them on the server.
+        // Closes them on the server, which needs no lock.
         drop((replaced, evicted));
     }
 

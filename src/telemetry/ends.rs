@@ -8,8 +8,13 @@ use crate::error::{Error, ErrorKind};
 /// that is missing here is counted all the same, from its first error on.
 const OF_STREAMS: &[ErrorKind] = &[ErrorKind::Query, ErrorKind::Disconnected, ErrorKind::Lost];
 /// The kinds that can refuse a stream, or end it while Postgres is asked.
-const OF_REFUSALS: &[ErrorKind] =
-    &[ErrorKind::Query, ErrorKind::Config, ErrorKind::Disconnected, ErrorKind::Lost];
+const OF_REFUSALS: &[ErrorKind] = &[
+    ErrorKind::Query,
+    ErrorKind::Config,
+    ErrorKind::Disconnected,
+    ErrorKind::TransactionAborted,
+    ErrorKind::Lost,
+];
 /// Series of an entity from its first stream on.
 #[cfg(feature = "otlp")]
 pub(crate) const ENDS: usize = 2 + OF_STREAMS.len();

@@ -7,8 +7,10 @@ use opentelemetry::metrics::{AsyncInstrument, Histogram, Meter, MeterProvider};
 use opentelemetry::{InstrumentationScope, KeyValue, global};
 
 use super::SCOPE;
+use super::ends::End;
 use super::registry::{Levels, OUTCOMES, Registry, STATES, Totals};
 use super::spans::seconds;
+use crate::error::Error;
 
 /// The metrics of all streams that are made with it, on one meter provider.
 ///
@@ -25,7 +27,8 @@ use super::spans::seconds;
 ///
 /// - `_OTHER`: after 1,000 entities, all further ones.
 /// - `_REFUSED`: streams that never began, because the query was refused, or dropped before Postgres had
-///   accepted it. They are counted in `fraiseql.stream.ended` and the `db.client` metrics only.
+///   accepted it. They are counted in `fraiseql.stream.ended` only, and if anything was sent, in the `db.client`
+///   metrics.
 ///
 /// `fraiseql.stream.ended` counts streams by `outcome`: `complete`, `dropped` or `failed`. A failed one has in
 /// `error.type` the [kind](crate::ErrorKind::as_str) of its error. Every series is exported from the start, at
@@ -80,6 +83,11 @@ impl Instruments {
             operation_duration: figures(&meter, &OPERATION_DURATION),
             returned_rows: rows(&meter, &RETURNED_ROWS),
         }))
+    }
+
+    /// Counts a stream that was refused before anything was sent.
+    pub(crate) fn count_refusal(&self, error: &Error) {
+        self.0.registry.refused(End::Failed(error));
     }
 
     /// The default ones, made from the global provider at first use.
@@ -192,7 +200,7 @@ fn observe_times(meter: &Meter, registry: &Arc<Registry>) {
     );
     times(
         "fraiseql.channel.backlog.time",
-        "Time in which the consumer was busy while rows waited for it",
+        "Time in which the consumer was busy while rows, or the end, waited for it",
         |totals| vec![(None, totals.backlog)],
     );
 }

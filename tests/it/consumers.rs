@@ -1,5 +1,5 @@
-//! The verdict does not depend on the way a stream is consumed: a table of ways, settings and runtimes, in
-//! which one side at a time is slow by a wide margin.
+//! The verdict does not depend on the way in which a stream is consumed: a table of ways, settings and runtimes. In
+//! each case one side is slow by a wide margin.
 
 mod case;
 mod load;
@@ -38,7 +38,7 @@ const BATCHES: [Way; 8] = [
     JOINED_READY_CHUNKS,
 ];
 
-/// Those of them in which nothing but rows wakes the task.
+/// The ways of `BATCHES` in which nothing but rows wakes the task.
 const BATCHES_OF_ONE_STREAM: &[Way] =
     &[NEXT_CHUNK, READY_CHUNKS_1000, READY_CHUNKS_5000, CHUNKS, CHUNKS_TIMEOUT, NEXT_THEN_READY];
 
@@ -80,7 +80,7 @@ fn a_consumer_that_blocks_its_thread_between_polls_is_consumer_bound() {
         cases(&BOTH, &ways, &BLOCKING, Is(ConsumerBound)),
         cases(&[MultiThread], &[CHUNKS], &BLOCKING, Is(ConsumerBound)),
         cases(&[CurrentThread], &[CHUNKS], &BLOCKING[..2], Is(ConsumerBound)),
-        // A hundred times 4 ms: the second time has only begun.
+        // 100 rows of 4 ms each: within the case's life, the second batch has only begun.
         cases(&[CurrentThread], &[CHUNKS], &BLOCKING[2..], Busy),
     ];
     check(&all.concat());
@@ -92,10 +92,10 @@ fn a_consumer_that_blocks_its_thread_while_it_waits_for_rows_is_consumer_bound()
     let on_two_threads =
         cases(&[MultiThread], &[&ways[..], &[SELECT_FLUSH]].concat(), &BLOCKING, Is(ConsumerBound));
     let on_one_thread = cases(&[CurrentThread], &ways, &BLOCKING[..2], Is(ConsumerBound));
-    // A stint of 200 ms, twice or three times in a short life, might be anybody's. So might a stint of a task that
-    // a timer of its own wakes, and that does not poll the stream before.
+    // Two or three stints of 200 ms do not show whose they are. Nor does a stint of a task that is woken by a
+    // timer of its own and does not poll the stream first.
     let in_doubt = [
-        cases(&[CurrentThread], &ways, &BLOCKING[2..], NotTheSource),
+        cases(&[CurrentThread], &[READY_CHUNKS_1000, JOINED_WITH_CPU_WORK], &BLOCKING[2..], NotTheSource),
         cases(&[CurrentThread], &[SELECT_FLUSH], &BLOCKING, NotTheSource),
     ];
     check(&[on_two_threads, on_one_thread, in_doubt.concat()].concat());
@@ -121,9 +121,9 @@ fn a_fast_consumer_of_batches_from_a_slow_source_is_source_bound() {
 fn starved(stint: u64) -> Vec<Case> {
     let setting = [Setting::Starved(Duration::from_millis(stint))];
     let alone = [&[NEXT, TIMEOUT_AT][..], &CONCURRENT, BATCHES_OF_ONE_STREAM].concat();
-    // They wake the task when others are about to block the thread: a timer of its own, or another stream.
+    // In these ways a timer or another stream also wakes the task, when others are about to block the thread.
     let woken_otherwise = [SELECT_FLUSH, MERGED, JOINED, JOINED_READY_CHUNKS];
-    // Between polls, these wait for a task or a timer of the starved runtime.
+    // Between polls, these ways wait for a task or a timer of the starved runtime.
     let held_up = [&HANDED_OVER[..], &[POLL_IMMEDIATE, NOW_OR_NEVER]].concat();
     let all = [
         cases(&BOTH, &alone, &setting, Is(RuntimeBound)),

@@ -16,7 +16,7 @@ use crate::servers::{BROKEN, database};
 /// In which several exports fall.
 const WHILE: Duration = Duration::from_millis(400);
 
-/// A query that is refused, and then a stream that fails while its consumer is at work.
+/// A query that is refused, a name that cannot be one of a relation, and then a stream that fails while its consumer is at work.
 #[test]
 #[ignore = "a scenario"]
 fn first_failures() -> Result {
@@ -24,8 +24,9 @@ fn first_failures() -> Result {
         let telemetry = otlp::init()?;
         tokio::time::sleep(WHILE).await;
         let mut db = Connection::connect(&scenario::url()).await?;
-        let refused = db.query::<RawJson>("nowhere").stream().await.is_err();
-        assert!(refused);
+        for refused in ["nowhere", "no..name"] {
+            assert!(db.query::<RawJson>(refused).stream().await.is_err());
+        }
 
         let mut broken = db.query::<RawJson>("broken").stream().await?;
         broken.next().await.ok_or("no row")??;
@@ -86,6 +87,12 @@ fn the_first_refusal_is_a_step_from_zero_to_one() {
 }
 
 #[test]
+fn a_name_that_is_none_is_counted_without_being_sent() {
+    let values = values("_REFUSED", "config");
+    assert!(step(&values), "{values:?}");
+}
+
+#[test]
 fn an_entity_has_a_series_for_every_way_to_end_from_its_first_export_on() {
     let all = |entity: &str| {
         let first = exports(entity).next().expect("an export");
@@ -95,6 +102,13 @@ fn an_entity_has_a_series_for_every_way_to_end_from_its_first_export_on() {
     let set = |series: &[&str]| series.iter().map(ToString::to_string).collect::<BTreeSet<_>>();
     let of_broken = ["complete -", "dropped -", "failed disconnected", "failed lost", "failed query"];
     assert_eq!(all("broken"), set(&of_broken));
-    let of_refused = ["dropped -", "failed config", "failed disconnected", "failed lost", "failed query"];
+    let of_refused = [
+        "dropped -",
+        "failed config",
+        "failed disconnected",
+        "failed lost",
+        "failed query",
+        "failed transaction_aborted",
+    ];
     assert_eq!(all("_REFUSED"), set(&of_refused));
 }

@@ -1,4 +1,4 @@
-//! One case of the table: a consumer is watched for a while, then judged.
+//! One case of the table: a consumer runs for a while, then its verdict is checked.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,9 +15,9 @@ use super::table::{Expected, Flavor, Setting};
 use super::ways::{Rows, Way};
 use crate::server::{SOON, connect, within};
 
-/// How long a consumer is watched.
+/// How long a consumer runs.
 const LIFE: Duration = Duration::from_millis(800);
-/// The most times that a case is run while the machine is too busy for its setting to hold.
+/// The maximum number of runs of a case while the machine is too busy for its setting to hold.
 const ATTEMPTS: usize = 4;
 
 #[derive(Clone, Copy)]
@@ -34,14 +34,14 @@ impl fmt::Display for Case {
     }
 }
 
-/// What came out of a case.
+/// The outcome of a case.
 struct Outcome {
     /// The statistics while the consumer is at work, read by another thread.
     live: Vec<Stats>,
     last: Vec<Stats>,
     /// The share of the time in which hogs blocked the runtime's threads.
     held: f64,
-    /// The share of the time by which the operating system woke a sleeping thread late.
+    /// The share of the time for which the operating system woke a sleeping thread late.
     late: f64,
     ended: Result<(), JoinError>,
 }
@@ -49,8 +49,8 @@ struct Outcome {
 impl Case {
     /// Runs the case and returns what is wrong with its outcome, if anything.
     ///
-    /// On a machine that is late itself, the runtime is starved in every setting. A failure then proves nothing
-    /// and the case is run again, but it passes only with the right outcome.
+    /// On a machine that is late itself, the runtime is starved in every setting. A failure then proves nothing, so
+    /// the case is run again; it still passes only with the right outcome.
     pub(super) fn failure(&self) -> Option<String> {
         let mut failure = None;
         for _ in 0..ATTEMPTS {
@@ -117,7 +117,7 @@ impl Case {
     }
 }
 
-/// Sleeps in short naps until `until`; returns the share of the time by which it was woken late.
+/// Sleeps in short naps until `until`; returns the share of the time for which it was woken late.
 fn lateness(until: Instant) -> f64 {
     const NAP: Duration = Duration::from_millis(2);
     let (begun, mut late) = (Instant::now(), Duration::ZERO);
@@ -162,7 +162,7 @@ impl Drop for Hogs {
 async fn hog(stint: Duration, stop: Arc<AtomicBool>, held: Arc<AtomicU64>) {
     while !stop.load(Ordering::Relaxed) {
         let begun = Instant::now();
-        // Blocks on purpose: this is the mistake that the verdict must find.
+        // Blocks on purpose: this is the mistake that the verdict must report.
         std::thread::sleep(stint);
         let took = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
         held.fetch_add(took, Ordering::Relaxed);

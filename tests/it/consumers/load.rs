@@ -1,4 +1,4 @@
-//! Consumers under a statement timeout, and more of them than the runtime has threads for.
+//! Consumers under a statement timeout, and more consumers than the runtime has threads for.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use crate::server::{SOON, connect, within};
 async fn error_of_batches(rows: Rows) -> Error {
     let mut batches = rows.ready_chunks(1_000);
     loop {
-        let batch = batches.next().await.expect("never a quiet end");
+        let batch = batches.next().await.expect("the stream ended without an error");
         let work = Duration::from_micros(300) * u32::try_from(batch.len()).unwrap();
         if let Some(error) = batch.into_iter().find_map(Result::err) {
             return error;
@@ -75,9 +75,12 @@ fn fifty_streams_on_two_threads_are_not_balanced_while_they_wait() {
     };
     let waiting: Vec<_> = all.iter().filter(|stats| waits(stats)).collect();
     assert!(waiting.len() > 25, "two threads for fifty streams, and only {} of them wait", waiting.len());
-    let mut balanced = waiting.iter().filter(|stats| stats.verdict() == Verdict::Balanced);
-    if let Some(stats) = balanced.next() {
-        let more = balanced.count();
-        panic!("{stats} while somebody waited: {:?}; and {more} more of {}", stats.shares(), waiting.len());
-    }
+    // The line names a side and its share; and what all of them wait for most is a thread to run on.
+    let unnamed = waiting.iter().find(|stats| !stats.to_string().contains("runtime"));
+    assert!(unnamed.is_none(), "{unnamed:?}");
+    let short_of_threads = waiting.iter().filter(|stats| {
+        let shares = stats.shares();
+        shares.scheduled > shares.backlog.max(shares.source_wait)
+    });
+    assert!(short_of_threads.count() * 2 > waiting.len(), "{waiting:?}");
 }

@@ -1,4 +1,4 @@
-//! The rows that poll batches find in the channel, by the histogram that a service exports.
+//! The rows that poll batches find in the channel, according to the exported histogram.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use super::ways::{NEXT, READY_CHUNKS_1000, RESPONSE_BODY, Way, Work};
 struct Occupancy(Vec<(f64, u64)>);
 
 impl Occupancy {
-    /// The share of poll batches in the buckets whose upper bound is `wanted`.
+    /// The share of poll batches in the buckets whose upper bound satisfies `wanted`.
     fn share(&self, wanted: impl Fn(f64) -> bool) -> f64 {
         let all: u64 = self.0.iter().map(|(_, count)| count).sum();
         let those: u64 = self.0.iter().filter(|(bound, _)| wanted(*bound)).map(|(_, count)| count).sum();

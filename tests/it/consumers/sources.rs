@@ -1,4 +1,4 @@
-//! What the consumers of the table read.
+//! The tables and views that the consumers read.
 
 use std::sync::OnceLock;
 
@@ -20,13 +20,13 @@ fn database() -> &'static Database {
     })
 }
 
-/// The connection string by TCP.
+/// The connection string for TCP.
 pub(super) fn url() -> String {
     let (name, port) = (&database().name, shared().port());
     format!("postgres://consumers:consumers@127.0.0.1:{port}/{name}")
 }
 
-/// The connection string by way of the Unix socket.
+/// The connection string for the Unix socket.
 pub(super) fn socket() -> String {
     let (name, dir, port) = (&database().name, shared().socket_dir().display(), shared().port());
     format!("host={dir} port={port} user=consumers password=consumers dbname={name}")

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::case::Case;
 use super::ways::{Way, Work};
 
-/// Cases of one test that run at once: they sleep nearly all the time.
+/// The number of cases of a test that run at once, which is possible because they sleep nearly all the time.
 const LANES: usize = 4;
 const WORKERS: usize = 2;
 
@@ -100,17 +100,17 @@ impl fmt::Display for Setting {
     }
 }
 
-/// The outcome that is right.
+/// The outcomes that a case accepts.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Expected {
-    /// Exactly this.
+    /// Exactly this verdict.
     Is(Verdict),
-    /// The consumer is busy nearly all of the time. Where it blocks the only thread, rows pile up in the
-    /// socket, not in the channel: whether any wait cannot be known, so `Balanced` by overlap is right too.
+    /// The consumer is busy nearly all of the time. If it blocks the only thread, rows pile up in the socket, not in
+    /// the channel. Whether any row waits cannot be known then, so `Balanced` by overlap is right as well.
     Busy,
-    /// Anything that does not blame the source. Whether the consumer or the runtime is late cannot be known
-    /// where a waiting consumer itself blocks the only thread, or where a starved runtime delays a timer or a
-    /// task that the consumer waits for.
+    /// Any verdict that does not name the source. Whether the consumer or the runtime is late cannot be known if a
+    /// waiting consumer itself blocks the only thread, or if a starved runtime delays a timer or a task that the
+    /// consumer waits for.
     NotTheSource,
 }
 
@@ -151,7 +151,7 @@ pub(super) fn cases(flavors: &[Flavor], ways: &[Way], settings: &[Setting], expe
     cases
 }
 
-/// Runs all cases, then fails with the list of the wrong ones.
+/// Runs all cases, then fails with a list of those that failed.
 pub(super) fn check(cases: &[Case]) {
     let (next, failures) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let lane = || {

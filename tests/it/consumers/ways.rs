@@ -16,7 +16,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout_at};
 pub(super) type Rows = JsonStream<RawJson>;
 pub(super) type Ending = BoxFuture<'static, ()>;
 
-/// A way to consume, and the name that failures use for it.
+/// A way to consume, with the name that failures use for it.
 #[derive(Clone, Copy)]
 pub(super) enum Way {
     /// One stream.
@@ -49,7 +49,7 @@ impl Way {
     }
 }
 
-/// What a consumer does with its rows, and until when.
+/// What a consumer does with its rows, and for how long.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Work {
     /// The time that a row takes; zero for a fast consumer.
@@ -84,7 +84,7 @@ impl Work {
         (self.each * rows).min(self.deadline.saturating_duration_since(Instant::now()))
     }
 
-    /// The share of one of `hands` that work concurrently: together they take the same time for a row.
+    /// The work of one of `hands` that work concurrently. Together they take the same time per row.
     fn of_one_of(self, hands: u32) -> Self {
         Self { each: self.each * hands, ..self }
     }
@@ -162,7 +162,7 @@ pub(super) const CHUNKS_TIMEOUT: Way = Way::One("chunks_timeout(100, 20 ms)", |r
     .boxed()
 });
 
-/// The pattern of the documentation of `next_ready`.
+/// The pattern in the documentation of `next_ready`.
 pub(super) const NEXT_THEN_READY: Way = Way::One("next, then next_ready until dry", |mut rows, work| {
     async move {
         while work.goes_on() {
@@ -289,7 +289,7 @@ pub(super) const JOINED_READY_CHUNKS: Way =
         .boxed()
     });
 
-/// Works beside the stream instead of on its rows; each stint takes the time of 50 rows.
+/// Works beside the stream instead of on its rows. Each stint takes as long as 50 rows.
 pub(super) const JOINED_WITH_CPU_WORK: Way = Way::One("join! with stints of CPU work", |mut rows, work| {
     async move {
         let read = async {
@@ -349,7 +349,7 @@ pub(super) const BLOCK_IN_PLACE: Way = Way::One("block_in_place per ready_chunks
     .boxed()
 });
 
-/// What a consumer does after a look that found nothing.
+/// What a consumer does after it found no row.
 async fn something_else() {
     sleep(Duration::from_millis(1)).await;
 }
