@@ -91,8 +91,9 @@ impl Connection {
         Query::new(self, entity)
     }
 
-    /// Like [`query`](Self::query), but the stream owns the connection and is `'static`;
-    /// [`JsonStream::close`](crate::JsonStream::close) gives it back.
+    /// Like [`query`](Self::query), but the stream owns the connection and is `'static`. If the stream cannot be
+    /// started, the error returns the connection. [`JsonStream::close`](crate::JsonStream::close) returns it at any
+    /// later time, also after an error that ended the stream.
     ///
     /// ```no_run
     /// use futures_util::StreamExt;
@@ -114,10 +115,12 @@ impl Connection {
     ///
     /// # Transactions
     ///
-    /// Streams can run inside a transaction. Dropping a stream before its end cancels its query, and Postgres
+    /// Streams can run inside a transaction. A stream borrows the connection, so what you write while it runs goes
+    /// through another connection; or take a chunk, [`drain`](crate::JsonStream::drain), write, and stream on from
+    /// there. Dropping a stream before its end cancels its query, and Postgres
     /// then aborts the transaction: a `COMMIT` would roll back and report success. For that reason the next use of
     /// the connection fails with [`TransactionAborted`](crate::ErrorKind::TransactionAborted); the use after that
-    /// succeeds, so that you can send `ROLLBACK`. To stop early and keep the transaction, end the stream with
+    /// succeeds, so that you can send `ROLLBACK`; see the second example. To stop early and keep the transaction, end the stream with
     /// [`drain`](crate::JsonStream::drain), or set a savepoint before it and send `ROLLBACK TO` afterwards.
     ///
     /// # Errors
@@ -134,6 +137,21 @@ impl Connection {
     /// ```no_run
     /// # async fn example(mut db: fraiseql_stream::Connection) -> Result<(), Box<dyn std::error::Error>> {
     /// db.client().await?.batch_execute("SET statement_timeout = '30s'").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// Rolls back whatever happened in a transaction, reported or not:
+    ///
+    /// ```no_run
+    /// # use fraiseql_stream::ErrorKind;
+    /// # async fn example(mut db: fraiseql_stream::Connection) -> Result<(), Box<dyn std::error::Error>> {
+    /// if let Err(error) = db.client().await
+    ///     && error.kind() != ErrorKind::TransactionAborted
+    /// {
+    ///     return Err(error.into());
+    /// }
+    /// db.client().await?.batch_execute("ROLLBACK").await?;
     /// # Ok(())
     /// # }
     /// ```

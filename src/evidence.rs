@@ -15,7 +15,7 @@
 //! fast stream pays nothing.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::partition::add;
 use crate::time::{Clock, Nanos};
@@ -46,6 +46,8 @@ pub(crate) struct Evidence {
     asked_by_rows: AtomicU64,
     /// The same as it took rows.
     asked_in_hand: AtomicU64,
+    /// The consumer runs in the order in which it was woken.
+    is_in_order: AtomicBool,
     /// Until then the consumer is expected to be slow again.
     slow_until: AtomicU64,
     /// Since when a producer that the consumer woke has not run; `NEVER` if there is none.
@@ -67,6 +69,11 @@ pub(crate) struct Whose {
     doubtful: Nanos,
 }
 
+/// Whether the caller runs in a task; not in tests, which poll by hand.
+fn runs_in_task() -> bool {
+    cfg!(test) || tokio::task::try_id().is_some()
+}
+
 impl Evidence {
     pub(crate) fn new(clock: &Clock, watchdog: Arc<Watchdog>) -> Self {
         Self {
@@ -75,6 +82,7 @@ impl Evidence {
             asked_in_wait: AtomicU64::new(NEVER),
             asked_by_rows: AtomicU64::new(NEVER),
             asked_in_hand: AtomicU64::new(NEVER),
+            is_in_order: AtomicBool::new(false),
             slow_until: AtomicU64::new(0),
             producer_woken: AtomicU64::new(NEVER),
             doubtful: AtomicU64::new(0),
@@ -89,7 +97,10 @@ impl Evidence {
 
     /// The consumer begins to wait.
     pub(crate) fn wait_begins(&self, now: Nanos) {
-        self.ask_if(self.watchdog.has_one_thread() && self.is_suspect(now), &self.asked_in_wait, now);
+        let has_one_thread = self.watchdog.has_one_thread();
+        // The future of `block_on` is no task: it does not take its place in the run queue.
+        self.is_in_order.store(has_one_thread && runs_in_task(), Ordering::Relaxed);
+        self.ask_if(has_one_thread && self.is_suspect(now), &self.asked_in_wait, now);
     }
 
     /// Rows arrived, and the consumer is about to be woken.
@@ -180,15 +191,15 @@ impl Evidence {
     pub(crate) fn of_delay(&self, since: Nanos, now: Nanos) -> Whose {
         let life = now.saturating_sub(since);
         if life <= AT_ONCE {
-            return Whose { others: life, ..Whose::default() };
+            return Whose::default();
         }
         let asked = self.asked_by_rows.load(Ordering::Relaxed) != NEVER;
         // That turn's place in the run queue is just before the consumer.
         let turn = if asked { self.first_turn_for_rows(since) } else { None };
-        if asked && self.watchdog.has_one_thread() {
+        if asked && self.is_in_order.load(Ordering::Relaxed) {
             return self.of_delay_in_order(turn, since, now);
         }
-        if turn.is_some_and(|turn| turn <= since + CATCH_UP) {
+        if !self.watchdog.has_one_thread() && turn.is_some_and(|turn| turn <= since + CATCH_UP) {
             // A thread was free, so the runtime could have run the consumer.
             return Whose { own: life, ..Whose::default() };
         }

@@ -15,7 +15,7 @@ use crate::channel::{Receiver, Sender, bounded};
 use crate::config::Limits;
 use crate::connection::{Connection, Hold};
 use crate::decode::FromJson;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::launch::{Handover, Launch, Work};
 use crate::postgres::{self, Cancelled, Lease, RawRows, Sql, Value};
 use crate::producer;
@@ -147,6 +147,10 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
         let entity: Arc<str> = Arc::from(self.sql.entity.as_str());
         match self.start(&entity).await {
             Ok(parts) => Ok(JsonStream::new(parts, self.connection)),
+            // It was another stream that aborted the transaction.
+            Err(error) if error.kind() == ErrorKind::TransactionAborted => {
+                Err(self.connection.give_back(error))
+            }
             Err(error) => Err(self.connection.give_back(error.of_entity(&entity))),
         }
     }

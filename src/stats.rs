@@ -31,8 +31,8 @@ use crate::time::Nanos;
 /// dominates, the verdict is [`Mixed`](Self::Mixed) if the three add up to more than 50 %, and
 /// [`Balanced`](Self::Balanced) otherwise.
 ///
-/// When rows arrive, the task that waits for them is woken. If it takes them within 0.5 ms, that delay counts as
-/// scheduled. If it takes longer, one of two things happened:
+/// When rows arrive, the task that waits for them is woken. If it takes them within 0.5 ms, that still counts as
+/// waiting for the source. If it takes longer, one of two things happened:
 ///
 /// - **The runtime was late.** This takes evidence: a task that does nothing but check the runtime ran late as
 ///   well. Only the delay that the evidence covers counts as scheduled. A late runtime cannot read rows from the

@@ -82,7 +82,8 @@ impl<T: FromJson, C> JsonStream<T, C> {
     }
 
     /// Waits for a row and returns it together with the rest of its chunk. The vector is never empty and holds at
-    /// most [`chunk_size`](crate::Query::chunk_size) rows. Returns `None` at the end of the stream.
+    /// most [`chunk_size`](crate::Query::chunk_size) rows. Returns `None` at the end of the stream. For batches of at
+    /// least some size, use `chunks` of `futures::StreamExt`; its `get_ref` and `into_inner` lead back to this stream.
     ///
     /// # Errors
     ///
