@@ -49,7 +49,8 @@ use crate::time::Nanos;
 ///   stream's own task or another one blocks it is found out from the order in which tasks run. The first two
 ///   delays in doubt count as the runtime's. The order proves nothing if something other than rows also wakes the
 ///   stream's task, such as a timer in a `select!` or a second stream: `ConsumerBound` and `RuntimeBound` may be
-///   confused then. A multi-thread runtime with one worker is treated as if it had several.
+///   confused then. The future that is passed to `block_on` (the `main` of a current-thread runtime) has no place in
+///   that order: delays in doubt count as the runtime's. A multi-thread runtime with one worker is treated as if it had several.
 /// - **What your code awaits while it holds rows.** That time is your code's, even if a late runtime delays what
 ///   it awaits.
 /// - **Isolated delays of the runtime.** The runtime is checked every 250 ms, every 10 ms while streams have waits

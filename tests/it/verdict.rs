@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use fraiseql_stream::{ErrorKind, RawJson, Stats, Verdict};
+use fraiseql_stream::{ErrorKind, JsonStream, RawJson, Stats, Verdict};
 use futures_util::StreamExt;
 
 use crate::server::{Database, Doc, SOON, read_all, table, trickle, within};
@@ -78,34 +78,62 @@ async fn a_fast_consumer_of_300_000_rows_is_not_called_slow() {
     assert!(matches!(stats.verdict(), Verdict::SourceBound | Verdict::Balanced), "{stats:?}");
 }
 
-/// Reads as fast as it can for a second and a half, on a runtime whose threads others block for 20 to 50 ms at a time.
-async fn starved(database: &Database, hogs: u64) -> Stats {
-    let query = database.connect().await.into_query::<RawJson>("endless");
-    let mut stream = query.stream().await.unwrap();
-    let stop = Arc::new(AtomicBool::new(false));
-    for hog in 0..hogs {
-        let stop = Arc::clone(&stop);
-        tokio::spawn(async move {
-            let mut turn = hog;
-            while !stop.load(Ordering::Relaxed) {
-                turn += 1;
-                // Blocking on purpose: that is the mistake to be found out.
-                std::thread::sleep(Duration::from_millis(20 + turn * 7 % 30));
-                tokio::task::yield_now().await;
-            }
-        });
-    }
-    let reader = tokio::spawn(async move {
-        let start = Instant::now();
-        while start.elapsed() < Duration::from_millis(1_500) {
-            stream.next().await.unwrap().unwrap();
+/// Tasks that block the runtime's threads for 20 to 50 ms at a time.
+struct Hogs(Arc<AtomicBool>);
+
+impl Hogs {
+    fn start(number: u64) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        for hog in 0..number {
+            let stop = Arc::clone(&stop);
+            tokio::spawn(async move {
+                let mut turn = hog;
+                while !stop.load(Ordering::Relaxed) {
+                    turn += 1;
+                    // Blocking on purpose: that is the mistake to be found out.
+                    std::thread::sleep(Duration::from_millis(20 + turn * 7 % 30));
+                    tokio::task::yield_now().await;
+                }
+            });
         }
-        stream.stats()
-    });
-    let stats = within(SOON, reader).await.unwrap();
-    stop.store(true, Ordering::Relaxed);
-    eprintln!("starved by {hogs}: {stats} {:?}", stats.shares());
+        Self(stop)
+    }
+}
+
+impl Drop for Hogs {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Reads as fast as it can for a second and a half.
+async fn read_for_a_while(mut stream: JsonStream<RawJson>) -> Stats {
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_millis(1_500) {
+        stream.next().await.unwrap().unwrap();
+    }
+    let stats = stream.stats();
+    eprintln!("{stats} {:?}", stats.shares());
     stats
+}
+
+/// What a fast reader sees in a task of a starved runtime.
+async fn starved(database: &Database, hogs: u64) -> Stats {
+    let stream = database.connect().await.into_query("endless").stream().await.unwrap();
+    let _hogs = Hogs::start(hogs);
+    within(SOON, tokio::spawn(read_for_a_while(stream))).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_starved_runtime_is_runtime_bound_for_the_future_of_block_on_too() {
+    let database = Database::with(crate::server::ENDLESS);
+    for hogs in [1, 4] {
+        let stream = database.connect().await.into_query("endless").stream().await.unwrap();
+        let running = Hogs::start(hogs);
+        let stats = within(SOON, read_for_a_while(stream)).await;
+        drop(running);
+        assert_eq!(stats.verdict(), Verdict::RuntimeBound, "{hogs}: {stats:?}");
+    }
 }
 
 #[tokio::test]
