@@ -85,18 +85,18 @@ impl Hogs {
     fn start(number: u64) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         for hog in 0..number {
-            let stop = Arc::clone(&stop);
-            tokio::spawn(async move {
-                let mut turn = hog;
-                while !stop.load(Ordering::Relaxed) {
-                    turn += 1;
-                    // Blocking on purpose: that is the mistake to be found out.
-                    std::thread::sleep(Duration::from_millis(20 + turn * 7 % 30));
-                    tokio::task::yield_now().await;
-                }
-            });
+            tokio::spawn(block(hog, Arc::clone(&stop)));
         }
         Self(stop)
+    }
+}
+
+async fn block(mut turn: u64, stop: Arc<AtomicBool>) {
+    while !stop.load(Ordering::Relaxed) {
+        turn += 1;
+        // Blocking on purpose: that is the mistake to be found out.
+        std::thread::sleep(Duration::from_millis(20 + turn * 7 % 30));
+        tokio::task::yield_now().await;
     }
 }
 
