@@ -277,6 +277,14 @@ impl Ledger {
         self.consumer.running(now)
     }
 
+    /// What of it a reader can be given. Whose a delay is shows after `AT_ONCE`: until then nobody's, so that nothing
+    /// has to be taken back.
+    fn running_so_far(&self, now: Nanos) -> [Nanos; STATES] {
+        let is_open =
+            self.consumer_is(Consumer::Woken) && now.saturating_sub(self.consumer.since()) <= AT_ONCE;
+        if is_open { [0; STATES] } else { self.running(now) }
+    }
+
     fn parts_of_wait(&self, whose: Whose, now: Nanos) -> [Nanos; STATES] {
         let since = self.consumer.since();
         let life = now.saturating_sub(since);
@@ -310,7 +318,7 @@ impl Ledger {
     }
 
     fn read_at(&self, now: Nanos) -> Times {
-        let consumer = self.consumer.read(self.running(now));
+        let consumer = self.consumer.read(self.running_so_far(now));
         let busy = consumer[Consumer::Overlap as usize] + consumer[Consumer::Backlog as usize];
         Times {
             at: consumer.iter().sum(),
