@@ -141,15 +141,7 @@ impl Handover {
     /// The handover of work that is in a task already.
     #[cfg(test)]
     pub(crate) fn done() -> Self {
-        let handover = Self::default();
-        handover.enter_task();
-        handover
-    }
-
-    /// The work is in a task from here on.
-    #[cfg(test)]
-    pub(crate) fn enter_task(&self) {
-        self.0.store(IN_TASK, Ordering::Relaxed);
+        Self(Arc::new(AtomicU8::new(IN_TASK)))
     }
 }
 

@@ -33,11 +33,6 @@ pub(crate) async fn run(
             cutter.filling = sender.send(chunk);
             cutter.filling.expect(rows, bytes);
         }
-        let cut = match cut {
-            // A result that ends with its first chunk needs no task.
-            Ok(false) if !handover.is_done() => cutter.look_for_end(source).await,
-            cut => cut,
-        };
         match cut {
             Ok(false) => {
                 if !handover.is_done() {
@@ -80,20 +75,6 @@ impl Cutter {
             }
         }
         Poll::Ready(Ok(false))
-    }
-
-    /// Returns whether the source has ended, as far as that is known now; holds the row that comes instead.
-    async fn look_for_end(&mut self, source: &mut impl Source) -> Result<bool, Error> {
-        if self.held.is_some() {
-            return Ok(false);
-        }
-        let look =
-            std::future::poll_fn(|cx| Poll::Ready(source.poll_row(cx, |row| self.held = Some(row.to_vec()))));
-        match look.await {
-            Poll::Ready(Some(Err(error))) => Err(error),
-            Poll::Ready(Some(Ok(()))) | Poll::Pending => Ok(false),
-            Poll::Ready(None) => Ok(true),
-        }
     }
 
     /// Adds a row, or holds it if it does not fit.
@@ -233,31 +214,6 @@ mod tests {
         assert!(matches!(assert_ready!(work.poll()), Ok(Ok(()))));
         drop(work);
         assert_eq!(chunks(&mut receiver).0, [1, 1]);
-    }
-
-    #[test]
-    fn a_result_of_exactly_one_chunk_ends_without_a_task() {
-        let (mut sender, mut receiver) = channel();
-        let by_polls = Handover::default();
-        let mut source = From(futures::stream::iter(["1"; 4].map(Ok)));
-        let mut work = task::spawn(run(&mut sender, &mut source, &by_polls));
-        assert!(matches!(assert_ready!(work.poll()), Ok(Ok(()))));
-        drop(work);
-        assert_eq!(chunks(&mut receiver).0, [4]);
-    }
-
-    #[test]
-    fn a_row_behind_the_first_chunk_waits_for_the_task_and_keeps_its_place() {
-        let (mut sender, mut receiver) = channel();
-        let by_polls = Handover::default();
-        let mut source = From(futures::stream::iter(["1", "2", "3", "4", "5"].map(Ok)));
-        let mut work = task::spawn(run(&mut sender, &mut source, &by_polls));
-        assert_pending!(work.poll());
-        assert_eq!(chunks(&mut receiver).0, [4]);
-        by_polls.enter_task();
-        assert!(matches!(assert_ready!(work.poll()), Ok(Ok(()))));
-        drop(work);
-        assert_eq!(chunks(&mut receiver).0, [1]);
     }
 
     #[test]
