@@ -254,7 +254,7 @@ fn check(stats: &Value) {
     for count in ["rows", "bytes", "buffered_rows", "buffered_bytes"] {
         assert!(stats[count].is_u64(), "{stats}");
     }
-    let verdicts = ["consumer_bound", "source_bound", "runtime_bound", "balanced"];
+    let verdicts = ["consumer_bound", "source_bound", "runtime_bound", "mixed", "balanced"];
     let verdict = stats["verdict"].as_str().expect("a verdict");
     assert!(verdicts.contains(&verdict), "{stats}");
     assert!(stats["entity"].is_string(), "{stats}");
