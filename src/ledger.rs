@@ -309,6 +309,14 @@ impl Ledger {
         self.consistent(|| self.read_at(self.now()))
     }
 
+    /// The sums without a delay of which it is not known yet whose it is, so that nothing has to be taken back.
+    pub(crate) fn read_settled(&self) -> Times {
+        self.consistent(|| {
+            let now = self.now();
+            self.times(self.running_so_far(now), now)
+        })
+    }
+
     /// The consumer's sums at the beginning of the sliding window.
     pub(crate) fn read_window_start(&self) -> [Nanos; STATES] {
         self.consistent(|| {
@@ -318,7 +326,11 @@ impl Ledger {
     }
 
     fn read_at(&self, now: Nanos) -> Times {
-        let consumer = self.consumer.read(self.running_so_far(now));
+        self.times(self.running(now), now)
+    }
+
+    fn times(&self, running: [Nanos; STATES], now: Nanos) -> Times {
+        let consumer = self.consumer.read(running);
         let busy = consumer[Consumer::Overlap as usize] + consumer[Consumer::Backlog as usize];
         Times {
             at: consumer.iter().sum(),

@@ -94,7 +94,7 @@ pub(super) struct Levels {
 
 impl Totals {
     fn of(stream: &Observer) -> Self {
-        let times = stream.gauge.ledger.read();
+        let times = stream.gauge.ledger.read_settled();
         let busy = times.of(Consumer::Overlap) + times.of(Consumer::Backlog);
         let progress = &stream.progress;
         Self {

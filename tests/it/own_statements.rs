@@ -92,8 +92,9 @@ async fn execute_and_give_up(db: &mut Connection, takes: u64, patience: Duration
     let statement = within(SOON, client.prepare(&text)).await.unwrap();
     // It is sent at the first poll.
     let mut execute = pin!(client.execute(&statement, &[]));
-    assert!(futures::poll!(&mut execute).is_pending());
-    let _ = timeout(patience, execute).await;
+    if futures::poll!(&mut execute).is_pending() {
+        let _ = timeout(patience, execute).await;
+    }
 }
 
 async fn assert_no_insert_is_hit(seed: u64) {
