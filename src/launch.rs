@@ -7,13 +7,14 @@
 use std::fmt;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
 
 use crate::telemetry::Heartbeat;
+use crate::turns::lock;
 use crate::watchdog::{Chore, Watchdog};
 
 pub(crate) type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -143,8 +144,4 @@ impl Handover {
     pub(crate) fn done() -> Self {
         Self(Arc::new(AtomicU8::new(IN_TASK)))
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
