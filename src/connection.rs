@@ -4,10 +4,8 @@ use std::borrow::BorrowMut;
 use std::fmt;
 use std::sync::Arc;
 
-use crate::decode::FromJson;
 use crate::error::{Error, Result};
 use crate::postgres::{self, Session};
-use crate::query::Query;
 use crate::telemetry::{Database, Instruments, PollSpans};
 
 /// A connection to Postgres that runs one stream at a time; the types see to that: a stream borrows it
@@ -81,30 +79,6 @@ impl Connection {
             query_text: false,
             statement_cache: Builder::STATEMENT_CACHE,
         }
-    }
-
-    /// A query for the JSON in column `data` of a table or view, whose stream borrows this connection.
-    ///
-    /// `entity` is the name of a relation, quoted as an identifier (so case counts), or `schema.name`. It is
-    /// never SQL. It is also the attribute `entity` of all metrics: do not make up names by the thousand.
-    pub fn query<'p, T: FromJson>(&mut self, entity: &str) -> Query<'p, T, &mut Self> {
-        Query::new(self, entity)
-    }
-
-    /// Like [`query`](Self::query), but the stream owns the connection and is `'static`. If the stream cannot be
-    /// started, the error returns the connection. [`JsonStream::close`](crate::JsonStream::close) returns it at any
-    /// later time, also after an error that ended the stream.
-    ///
-    /// ```no_run
-    /// use futures_util::StreamExt;
-    /// # async fn example(db: fraiseql_stream::Connection) -> Result<(), fraiseql_stream::Error> {
-    /// let mut rows = db.into_query::<serde_json::Value>("orders").stream().await?;
-    /// tokio::spawn(async move { while let Some(row) = rows.next().await { /* ... */ } });
-    /// # Ok(())
-    /// # }
-    /// ```
-    pub fn into_query<'p, T: FromJson>(self, entity: &str) -> Query<'p, T, Self> {
-        Query::new(self, entity)
     }
 
     /// Returns the underlying client, for example to run `SET` or a transaction. Waits for the clean-up of a

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use tokio_postgres::error::{DbError, Severity, SqlState};
 
-use crate::stats::Stats;
+use crate::channel::{OneLine, Stats};
 
 /// A result whose error is [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -293,29 +293,6 @@ impl fmt::Display for Error {
             (_, Some(stats)) => write!(line, " {}", stats.summary()),
         }
     }
-}
-
-/// Writes text with everything escaped that would end the line or control a terminal. A backslash stays as it is,
-/// so that names already quoted by `{:?}` are not escaped twice.
-pub(crate) struct OneLine<'a, 'f>(pub(crate) &'a mut fmt::Formatter<'f>);
-
-impl fmt::Write for OneLine<'_, '_> {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        for part in text.split_inclusive(must_be_escaped) {
-            match part.char_indices().next_back() {
-                Some((at, last)) if must_be_escaped(last) => {
-                    write!(self.0, "{}{}", &part[..at], last.escape_debug())?;
-                }
-                _ => self.0.write_str(part)?,
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Whether this is a control character or another line break of Unicode.
-fn must_be_escaped(c: char) -> bool {
-    c.is_control() || matches!(c, '\u{2028}' | '\u{2029}')
 }
 
 impl fmt::Debug for Error {

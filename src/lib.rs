@@ -53,36 +53,19 @@
 //! of its own sets them before it connects, or passes [`Instruments`].
 
 mod channel;
-mod chunk;
-mod config;
 mod connection;
-mod decode;
 mod error;
-mod evidence;
-mod gauge;
-mod launch;
-mod ledger;
 #[cfg(feature = "otlp")]
 pub mod otlp;
-mod partition;
 mod postgres;
-mod producer;
-mod query;
-mod reader;
-mod source;
-mod stats;
 mod stream;
+mod sync;
 mod telemetry;
-mod time;
-mod turns;
-mod watchdog;
 
+pub use channel::{Observer, ProducerTime, Shares, Stats, StreamTime, Verdict};
 pub use connection::{Builder, Connection, Hold, StreamError};
-pub use decode::{FromJson, RawJson};
 pub use error::{Error, ErrorKind, Result};
-pub use query::Query;
-pub use stats::{Observer, ProducerTime, Shares, Stats, StreamTime, Verdict};
-pub use stream::JsonStream;
+pub use stream::{FromJson, JsonStream, Query, RawJson};
 pub use telemetry::{Instruments, PollSpans};
 pub use tokio_postgres;
 

@@ -6,13 +6,12 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
-use tokio::net::{TcpStream, UnixStream, lookup_host};
+use tokio::net::lookup_host;
 use tokio_postgres::config::{Host, LoadBalanceHosts, SslMode};
 use tokio_postgres::tls::NoTlsStream;
-use tokio_postgres::{CancelToken, Client, Config, NoTls, Socket};
+use tokio_postgres::{Client, Config, NoTls, Socket};
 
-use crate::error::{Error, io_cause};
+use crate::error::Error;
 
 /// For a host that swallows packets; the kernel alone would try for two minutes.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -42,31 +41,6 @@ impl Peer {
             Self::Unix { port, .. } => *port,
         }
     }
-
-    /// Opens a socket to send a cancel request by. Nothing is sent yet.
-    pub(crate) async fn cancel_socket(&self) -> io::Result<CancelSocket> {
-        Ok(match self {
-            Self::Tcp { addr, .. } => CancelSocket::Tcp(TcpStream::connect(addr).await?),
-            Self::Unix { .. } => CancelSocket::Unix(UnixStream::connect(self.to_string()).await?),
-        })
-    }
-}
-
-/// An open way to ask Postgres for one cancel.
-pub(crate) enum CancelSocket {
-    Tcp(TcpStream),
-    Unix(UnixStream),
-}
-
-impl CancelSocket {
-    /// Asks Postgres to cancel what runs on the connection of `token`, and returns when it has acted: the
-    /// server closes the socket only after the signal is sent. Whoever returns earlier kills the next query.
-    pub(crate) async fn cancel(self, token: &CancelToken) -> io::Result<()> {
-        match self {
-            Self::Tcp(socket) => cancel_on(socket, token).await,
-            Self::Unix(socket) => cancel_on(socket, token).await,
-        }
-    }
 }
 
 impl fmt::Display for Peer {
@@ -79,33 +53,10 @@ impl fmt::Display for Peer {
     }
 }
 
-async fn cancel_on<S>(mut socket: S, token: &CancelToken) -> io::Result<()>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
-    use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
-    match send_cancel(&mut socket, token).await {
-        // The server has closed the socket, too: nothing is under way any more.
-        Err(error) if matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected) => Ok(()),
-        other => other,
-    }
-}
-
-async fn send_cancel<S>(socket: &mut S, token: &CancelToken) -> io::Result<()>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
-    let kind = |error: &tokio_postgres::Error| io_cause(error).map_or(io::ErrorKind::Other, io::Error::kind);
-    let sent = token.cancel_query_raw(&mut *socket, NoTls).await;
-    sent.map_err(|error| io::Error::new(kind(&error), error))?;
-    let mut rest = [0; 64];
-    while socket.read(&mut rest).await? > 0 {}
-    Ok(())
-}
-
 /// Reads a URL or a key-value string. What is wrong is told without quoting the string: it holds a password.
 pub(crate) fn parse(connection: &str) -> Result<Config, Error> {
-    let config: Config = connection.parse().map_err(|error| Error::config(misread(connection, &error)))?;
+    let config: Config =
+        connection.parse().map_err(|error| Error::config(parse_error(connection, &error)))?;
     if config.get_ssl_mode() == SslMode::Require {
         return Err(Error::config(no_tls("require")));
     }
@@ -126,7 +77,7 @@ pub(crate) fn parse(connection: &str) -> Result<Config, Error> {
     Ok(config)
 }
 
-fn misread(connection: &str, error: &tokio_postgres::Error) -> String {
+fn parse_error(connection: &str, error: &tokio_postgres::Error) -> String {
     let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
     let strict = ["verify-ca", "verify-full"];
     // As in `sslmode = 'verify-full'`.

@@ -1,7 +1,6 @@
 //! A connection that is handed out to one query at a time, and is clean whenever it is handed out.
 
 use std::io;
-use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -10,24 +9,15 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::types::ToSql;
-use tokio_postgres::{CancelToken, Client, Config, Statement};
-use tracing::Instrument;
+use tokio_postgres::{Client, Config, Statement};
 
+use super::cancel::CLEANUP_TIMEOUT;
 use super::connect::{self, Peer};
-use super::rows::{RawRows, Value, check_column};
 use super::statements::Statements;
 use crate::error::{Error, ErrorKind, describe, io_cause};
-use crate::launch::Handover;
-use crate::source::Source;
-use crate::telemetry::QuerySpan;
 
-/// What a cancelled query may take to be gone. Whatever is later costs the connection.
-const CLEAN_UP: Duration = Duration::from_secs(5);
-/// After so long a cancel is sent again, and then after twice as long.
-const PATIENCE: Duration = Duration::from_millis(25);
-/// How long the server may take to show whether it is alive after a connection broke.
-const POST_MORTEM: Duration = Duration::from_secs(1);
+/// The time in which the server has to show that it is alive after a connection broke.
+const LIVENESS_TIMEOUT: Duration = Duration::from_secs(1);
 
 pub(crate) struct Session {
     client: Client,
@@ -59,7 +49,7 @@ impl Session {
         let wire = tokio::spawn(async move {
             // Whoever waits for an answer only learns that the connection is closed.
             if let Err(error) = wire.await
-                && tells(&error)
+                && has_cause(&error)
             {
                 let _ = cause.set(describe(&error));
             }
@@ -122,6 +112,15 @@ impl Session {
         &self.unseen_failure
     }
 
+    /// The client, to send statements of this crate.
+    pub(super) fn sender(&self) -> &Client {
+        &self.client
+    }
+
+    pub(super) fn statements(&self) -> &Statements {
+        &self.statements
+    }
+
     /// The statement of this text, if it is prepared.
     pub(crate) fn statement(&self, text: &str) -> Option<Statement> {
         self.statements.get(text)
@@ -147,7 +146,7 @@ impl Session {
         let Self { client, wire, .. } = self;
         drop(client);
         let abort = wire.abort_handle();
-        if timeout(CLEAN_UP, wire).await.is_err() {
+        if timeout(CLEANUP_TIMEOUT, wire).await.is_err() {
             abort.abort();
         }
     }
@@ -166,7 +165,7 @@ impl Session {
     }
 
     /// Adds to an error that ended the connection whether the server is still there.
-    async fn explain(&self, error: Error) -> Error {
+    pub(super) async fn explain(&self, error: Error) -> Error {
         if error.kind() != ErrorKind::Disconnected {
             return error;
         }
@@ -176,7 +175,7 @@ impl Session {
 
     async fn explain_loss(&self, error: Error) -> Error {
         let probe = connect::connect_one(&self.config, &self.peer);
-        let answer = timeout(POST_MORTEM, probe).await;
+        let answer = timeout(LIVENESS_TIMEOUT, probe).await;
         // The task that knows the cause may have been behind us, but not by as much as that.
         let error = match self.broken.get() {
             Some(cause) if error.sqlstate().is_none() => error.with_note(cause),
@@ -196,7 +195,7 @@ impl Session {
     }
 
     /// Closes the socket; the backend ends as soon as it notices.
-    fn discard(&self) {
+    pub(super) fn discard(&self) {
         self.turn.close();
         self.wire.abort();
     }
@@ -208,215 +207,8 @@ fn first_schema(search_path: &str) -> Option<String> {
     schemas.find(named).map(ToOwned::to_owned)
 }
 
-/// The right to run one query on a session.
-pub(crate) struct Lease {
-    session: Arc<Session>,
-    /// Of the query; a cancel is told below it.
-    span: QuerySpan,
-    /// Something was sent whose end was not seen.
-    running: AtomicBool,
-    handover: Handover,
-    /// Given back last: whoever has it is alone with the session.
-    _turn: OwnedSemaphorePermit,
-}
-
-/// The consumer left; the connection was cleaned, or closed where that failed.
-#[derive(Debug)]
-pub(crate) struct Cancelled;
-
-impl Lease {
-    pub(crate) fn new(
-        session: &Arc<Session>,
-        turn: OwnedSemaphorePermit,
-        span: &QuerySpan,
-        handover: &Handover,
-    ) -> Self {
-        Self {
-            session: Arc::clone(session),
-            span: span.clone(),
-            running: AtomicBool::new(false),
-            handover: handover.clone(),
-            _turn: turn,
-        }
-    }
-
-    pub(crate) fn handover(&self) -> &Handover {
-        &self.handover
-    }
-
-    /// The query has failed. Until the caller is given the error, nobody knows what became of the transaction.
-    pub(crate) fn fails(&self, error: &Error) {
-        if error.sqlstate().is_some() {
-            self.session.unseen_failure.store(true, Ordering::Relaxed);
-        }
-    }
-
-    /// Forgets a statement that the server does not accept any more.
-    pub(crate) fn forget(&self, text: &str) {
-        self.session.statements.remove(text);
-    }
-
-    /// Prepares a statement and refuses it unless it gives one column of JSON.
-    pub(crate) async fn prepare(
-        &self,
-        sql: &str,
-        gone: impl Future<Output = ()>,
-    ) -> Result<Result<Statement, Error>, Cancelled> {
-        let prepared = self.until_gone(self.session.client.prepare(sql), gone, async |_| ()).await?;
-        self.runs(false);
-        Ok(match prepared {
-            Ok(statement) => check_column(&statement).map(|()| {
-                self.session.statements.insert(sql, &statement);
-                statement
-            }),
-            Err(error) => Err(self.explain(Error::query(error)).await),
-        })
-    }
-
-    /// Starts a query. Postgres answers with its first rows, so a query that is silent is still in here.
-    pub(crate) async fn query(
-        &self,
-        statement: &Statement,
-        values: &[Value],
-        gone: impl Future<Output = ()>,
-    ) -> Result<Result<RawRows, Error>, Cancelled> {
-        // An answer is not the query's end: it runs on if the cancel came before Postgres had begun it.
-        let end = async |answer: Result<_, _>| {
-            if let Ok(rows) = answer {
-                to_end(RawRows::new(rows)).await;
-            }
-        };
-        let values = values.iter().map(|value| value as &(dyn ToSql + Sync));
-        let query = self.session.client.query_raw(statement, values);
-        Ok(match self.until_gone(query, gone, end).await? {
-            Ok(rows) => Ok(RawRows::new(rows)),
-            Err(error) => {
-                // Only the server's own word says that nothing runs any more.
-                self.runs(error.as_db_error().is_none());
-                Err(self.explain(Error::query(error)).await)
-            }
-        })
-    }
-
-    /// Ends a query whose rows nobody wants any more.
-    pub(crate) async fn cancel(&self, rows: RawRows) {
-        // Nothing runs after ReadyForQuery; a cancel could only hit what comes next.
-        if !rows.is_done() {
-            self.cancel_until(to_end(rows)).await;
-        }
-        self.runs(false);
-    }
-
-    /// Reads what is left of a query that Postgres has ended, up to `ReadyForQuery`.
-    pub(crate) async fn finish(&self, rows: RawRows) {
-        if !rows.is_done() {
-            self.handover.ensure_task().await;
-            if timeout(CLEAN_UP, to_end(rows)).await.is_err() {
-                self.session.discard();
-            }
-        }
-        self.runs(false);
-    }
-
-    /// Adds to an error that ended the connection whether the server is still there.
-    pub(crate) async fn explain(&self, error: Error) -> Error {
-        if error.kind() == ErrorKind::Disconnected {
-            self.handover.ensure_task().await;
-        }
-        self.session.explain(error).await
-    }
-
-    /// Runs a request up to its answer. If the consumer goes first, Postgres is asked to cancel, and the request
-    /// is still awaited, as is what `end` makes of its answer: that is what makes the connection clean.
-    async fn until_gone<T>(
-        &self,
-        request: impl Future<Output = T>,
-        gone: impl Future<Output = ()>,
-        end: impl AsyncFnOnce(T),
-    ) -> Result<T, Cancelled> {
-        self.runs(true);
-        let mut request = pin!(request);
-        tokio::select! {
-            biased;
-            answer = &mut request => return Ok(answer),
-            () = gone => {}
-        }
-        self.cancel_until(async { end(request.await).await }).await;
-        self.runs(false);
-        Err(Cancelled)
-    }
-
-    fn runs(&self, running: bool) {
-        self.running.store(running, Ordering::Relaxed);
-    }
-
-    /// Asks Postgres to cancel until `end`, the end of what runs, has come; closes the connection if it does not
-    /// come. Once is not enough: a backend that has not begun the query yet passes over the signal.
-    async fn cancel_until(&self, end: impl Future<Output = ()>) {
-        self.handover.ensure_task().await;
-        let session = &self.session;
-        session.unseen_failure.store(true, Ordering::Relaxed);
-        let span = tracing::info_span!(
-            parent: &self.span.get(),
-            "cancel",
-            otel.kind = "client",
-            otel.status_code = tracing::field::Empty,
-            db.system.name = "postgresql",
-            server.address = session.peer.address(),
-        );
-        let token = session.client.cancel_token();
-        let work = cancel_until(&session.peer, &token, end);
-        let why = match timeout(CLEAN_UP, work).instrument(span.clone()).await {
-            Ok(Ok(())) => return,
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("it did not end within {} s", CLEAN_UP.as_secs()),
-        };
-        span.record("otel.status_code", "error");
-        tracing::warn!(parent: &span, "a dropped query could not be cancelled, so its connection is closed: {why}");
-        session.discard();
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        // The task was dropped in the midst of it, with its runtime or by a panic: nobody reads the rest.
-        if self.running.load(Ordering::Relaxed) {
-            self.session.discard();
-        }
-    }
-}
-
-/// Fails if a request may still be under way: it could hit the next query.
-async fn cancel_until(peer: &Peer, token: &CancelToken, end: impl Future<Output = ()>) -> io::Result<()> {
-    let mut end = pin!(end);
-    let mut patience = PATIENCE;
-    loop {
-        let socket = tokio::select! {
-            biased;
-            () = &mut end => return Ok(()),
-            socket = peer.cancel_socket() => socket,
-        };
-        // A socket that could not be opened has sent nothing: the next one may do better.
-        if let Ok(socket) = socket {
-            // Awaited to its end, always.
-            socket.cancel(token).await?;
-        }
-        if timeout(patience, &mut end).await.is_ok() {
-            return Ok(());
-        }
-        patience *= 2;
-    }
-}
-
-async fn to_end(mut rows: RawRows) {
-    let mut next = async || std::future::poll_fn(|cx| rows.poll_row(cx, |_| ())).await;
-    // A lost connection yields its error for ever.
-    let lost = |error: &Error| error.kind() == ErrorKind::Disconnected;
-    while next().await.is_some_and(|row| !row.as_ref().is_err_and(lost)) {}
-}
-
 /// Whether the end of a connection has a cause of its own, beyond its being over.
-fn tells(error: &tokio_postgres::Error) -> bool {
+fn has_cause(error: &tokio_postgres::Error) -> bool {
     error.as_db_error().is_some() || io_cause(error).is_some_and(|io| io.raw_os_error().is_some())
 }
 

@@ -1,9 +1,11 @@
 //! The prepared statements that a connection keeps for further use.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tokio_postgres::Statement;
+
+use crate::sync::lock;
 
 /// Prepared statements by their text. If the cache is full, the least recently used one is evicted.
 #[derive(Debug)]
@@ -31,7 +33,7 @@ impl Statements {
     }
 
     pub(super) fn get(&self, text: &str) -> Option<Statement> {
-        let mut entries = self.lock();
+        let mut entries = lock(&self.entries);
         entries.uses += 1;
         let now = entries.uses;
         let entry = entries.by_text.get_mut(text)?;
@@ -43,7 +45,7 @@ impl Statements {
         if self.capacity == 0 {
             return;
         }
-        let mut entries = self.lock();
+        let mut entries = lock(&self.entries);
         entries.uses += 1;
         let last_use = entries.uses;
         let replaced = entries.by_text.remove(text);
@@ -55,12 +57,8 @@ impl Statements {
     }
 
     pub(super) fn remove(&self, text: &str) {
-        let removed = self.lock().by_text.remove(text);
+        let removed = lock(&self.entries).by_text.remove(text);
         drop(removed);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Entries> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -1,8 +1,9 @@
 //! How many streams have ended, and how: the series of `fraiseql.stream.ended`.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use crate::error::{Error, ErrorKind};
+use crate::sync::lock;
 
 /// The kinds of errors that can end a stream once Postgres has accepted it. Their series begin at zero; one
 /// that is missing here is counted all the same, from its first error on.
@@ -84,7 +85,7 @@ impl Ends {
 
     pub(super) fn count(&self, end: End<'_>) {
         let (outcome, error_type) = (end.outcome(), end.error().map(|error| error.kind().as_str()));
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counts = lock(&self.0);
         let same = |count: &&mut Count| (count.outcome, count.error_type) == (outcome, error_type);
         match counts.iter_mut().find(same) {
             Some(count) => count.streams += 1,
@@ -93,7 +94,7 @@ impl Ends {
     }
 
     pub(super) fn counts(&self) -> Vec<Count> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.0).clone()
     }
 }
 

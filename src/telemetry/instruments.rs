@@ -1,7 +1,7 @@
 //! The instruments, by the names and units of the catalogue.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use opentelemetry::metrics::{AsyncInstrument, Histogram, Meter, MeterProvider};
 use opentelemetry::{InstrumentationScope, KeyValue, global};
@@ -11,6 +11,7 @@ use super::ends::End;
 use super::registry::{Levels, OUTCOMES, Registry, STATES, Totals};
 use super::spans::seconds;
 use crate::error::Error;
+use crate::sync::lock;
 
 /// The metrics of all streams that are made with it, on one meter provider.
 ///
@@ -92,7 +93,7 @@ impl Instruments {
 
     /// The default ones, made from the global provider at first use.
     pub(crate) fn global() -> Self {
-        let mut default = DEFAULT.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut default = lock(&DEFAULT);
         default.get_or_insert_with(|| Self::new(&*global::meter_provider())).clone()
     }
 
@@ -100,7 +101,7 @@ impl Instruments {
     #[cfg(feature = "otlp")]
     pub(crate) fn renew_global() {
         let made = Self::new(&*global::meter_provider());
-        *DEFAULT.lock().unwrap_or_else(PoisonError::into_inner) = Some(made);
+        *lock(&DEFAULT) = Some(made);
     }
 }
 

@@ -17,7 +17,7 @@ pub(crate) use registry::MOST_ENTITIES;
 pub use spans::PollSpans;
 #[cfg(feature = "otlp")]
 pub(crate) use spans::spans_are_open;
-pub(crate) use spans::{Batch, Query, QuerySpan};
+pub(crate) use spans::{PollBatch, QueryInfo, QuerySpan};
 
 /// The name of the crate's meter and the target of its spans and log records.
 pub(crate) const SCOPE: &str = "fraiseql_stream";

@@ -9,11 +9,10 @@ use tracing::{debug, info, record_all};
 use super::database::Database;
 use super::ends::End;
 use super::registry::{Live, REFUSED};
-use super::spans::{Batch, BatchSpans, Query, QuerySpan, int, seconds};
+use super::spans::{BatchSpans, PollBatch, QueryInfo, QuerySpan, int, seconds};
 use super::{FIRST_ROW, Instruments, PollSpans, SCOPE};
+use crate::channel::{Nanos, Observer, Stats};
 use crate::error::Error;
-use crate::stats::{Observer, Stats};
-use crate::time::Nanos;
 
 #[derive(Debug)]
 pub(crate) struct Recorder {
@@ -42,7 +41,7 @@ impl Recorder {
     pub(crate) fn start(
         instruments: &Instruments,
         stream: Observer,
-        query: Query<'_>,
+        query: QueryInfo<'_>,
         spans: PollSpans,
     ) -> Self {
         let span = QuerySpan::open(&query);
@@ -75,12 +74,12 @@ impl Recorder {
     /// A poll begins that is not served from the chunk in hand.
     pub(crate) fn polled(&mut self, now: Nanos) {
         if self.batches.is_wanted() {
-            self.batches.begin(&self.span, now, self.stream.gauge.ledger.read_decode());
+            self.batches.begin(&self.span, now, self.stream.gauge.decode_time());
         }
     }
 
     /// The poll got a chunk.
-    pub(crate) fn taken(&mut self, now: Nanos, batch: &Batch) {
+    pub(crate) fn taken(&mut self, now: Nanos, batch: &PollBatch) {
         // Only what was accepted has rows.
         let State::Accepted(live) = &self.state else { return };
         let (instruments, gauge) = (&self.instruments.0, &self.stream.gauge);
@@ -116,11 +115,11 @@ impl Recorder {
         };
         let stats = self.stream.stats();
         self.record_operation(&stats, end, database);
-        self.batches.close(self.stream.gauge.ledger.read_decode());
+        self.batches.close(self.stream.gauge.decode_time());
         self.end_span(&stats, end);
         match end {
             // The query is cancelled now, in a span below this one.
-            End::Dropped => self.span.linger(),
+            End::Dropped => self.span.defer_close(),
             End::Complete | End::Failed(_) => self.span.close(),
         }
     }

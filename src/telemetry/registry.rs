@@ -3,15 +3,14 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use opentelemetry::KeyValue;
 
 use super::database::Database;
 use super::ends::{Count, End, Ends};
-use crate::ledger::Consumer;
-use crate::stats::Observer;
-use crate::time::Nanos;
+use crate::channel::{ConsumerState, Nanos, Observer};
+use crate::sync::lock;
 
 /// Beyond so many, entities share the series of `OTHER`.
 pub(crate) const MOST_ENTITIES: usize = 1_000;
@@ -94,19 +93,19 @@ pub(super) struct Levels {
 
 impl Totals {
     fn of(stream: &Observer) -> Self {
-        let times = stream.gauge.ledger.read_settled();
-        let busy = times.of(Consumer::Overlap) + times.of(Consumer::Backlog);
+        let times = stream.gauge.settled_times();
+        let busy = times.of(ConsumerState::Overlap) + times.of(ConsumerState::Backlog);
         let progress = &stream.progress;
         Self {
             time: [
-                times.of(Consumer::SourceWait),
-                times.of(Consumer::Scheduled),
+                times.of(ConsumerState::SourceWait),
+                times.of(ConsumerState::Scheduled),
                 times.decode,
                 busy - times.decode,
-                times.of(Consumer::Paused),
+                times.of(ConsumerState::Paused),
             ],
             producer: times.producer,
-            backlog: times.of(Consumer::Backlog),
+            backlog: times.of(ConsumerState::Backlog),
             rows: [&progress.yielded, &progress.filtered, &progress.failed]
                 .map(|rows| rows.load(Ordering::Relaxed)),
             bytes: stream.gauge.received_bytes(),
@@ -262,7 +261,7 @@ impl Tracked {
     /// The stream notes the time of a row only now and then; rows given out since the last look count as
     /// given out now.
     fn since_last_row(&mut self) -> Nanos {
-        let (progress, now) = (&self.stream.progress, self.stream.gauge.ledger.now());
+        let (progress, now) = (&self.stream.progress, self.stream.gauge.now());
         let rows = progress.yielded.load(Ordering::Relaxed);
         if rows != self.seen.0 {
             self.seen = (rows, now);
@@ -308,10 +307,6 @@ impl Live {
         self.entity.ends.count(end);
         self.database
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

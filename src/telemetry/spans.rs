@@ -8,7 +8,8 @@ use tracing::{Span, info_span, record_all};
 
 use super::SCOPE;
 use super::database::Database;
-use crate::time::Nanos;
+use crate::channel::Nanos;
+use crate::sync::lock;
 
 /// How many spans poll batches get.
 ///
@@ -50,7 +51,7 @@ const STAMP: Nanos = 200_000;
 
 /// What the query span says from its start.
 #[derive(Debug)]
-pub(crate) struct Query<'a> {
+pub(crate) struct QueryInfo<'a> {
     pub(crate) entity: &'a str,
     pub(crate) summary: &'a str,
     /// That of the entity's name, if it has one.
@@ -63,27 +64,30 @@ pub(crate) struct Query<'a> {
 /// The span of a query, shared by all who tell something below it. It ends for all of them at once: a span is
 /// exported when the last handle is gone, and must not be kept from that by a task that has not run yet.
 #[derive(Clone, Debug)]
-pub(crate) struct QuerySpan(Arc<Shared>);
+pub(crate) struct QuerySpan(Arc<SharedSpan>);
 
 #[derive(Debug)]
-struct Shared {
+struct SharedSpan {
     span: Mutex<Span>,
-    /// Among those that a shutdown waits for; see `LINGERING`.
-    lingers: AtomicBool,
+    /// Among those that a shutdown waits for; see `DEFERRED`.
+    is_deferred: AtomicBool,
 }
 
 impl QuerySpan {
-    pub(super) fn open(query: &Query<'_>) -> Self {
-        Self(Arc::new(Shared { span: Mutex::new(query_span(query)), lingers: AtomicBool::new(false) }))
+    pub(super) fn open(query: &QueryInfo<'_>) -> Self {
+        Self(Arc::new(SharedSpan {
+            span: Mutex::new(query_span(query)),
+            is_deferred: AtomicBool::new(false),
+        }))
     }
 
     /// The span, or none once it is closed.
     pub(crate) fn get(&self) -> Span {
-        self.0.span.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.0.span).clone()
     }
 
     pub(super) fn close(&self) {
-        let mut span = self.0.span.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut span = lock(&self.0.span);
         let closed = std::mem::replace(&mut *span, Span::none());
         drop(span);
         // Exported here, by code that needs none of our locks.
@@ -91,34 +95,34 @@ impl QuerySpan {
     }
 
     /// The stream is over; the span closes with the last handle, behind the cancel.
-    pub(super) fn linger(&self) {
-        if !self.0.lingers.swap(true, Ordering::Relaxed) {
-            LINGERING.fetch_add(1, Ordering::AcqRel);
+    pub(super) fn defer_close(&self) {
+        if !self.0.is_deferred.swap(true, Ordering::Relaxed) {
+            DEFERRED.fetch_add(1, Ordering::AcqRel);
         }
     }
 }
 
-impl Drop for Shared {
+impl Drop for SharedSpan {
     fn drop(&mut self) {
         // Closed before it is counted out.
         *self.span.get_mut().unwrap_or_else(PoisonError::into_inner) = Span::none();
-        if *self.lingers.get_mut() {
-            LINGERING.fetch_sub(1, Ordering::AcqRel);
+        if *self.is_deferred.get_mut() {
+            DEFERRED.fetch_sub(1, Ordering::AcqRel);
         }
     }
 }
 
 /// The spans of streams that were dropped and whose query is not cancelled yet.
-static LINGERING: AtomicUsize = AtomicUsize::new(0);
+static DEFERRED: AtomicUsize = AtomicUsize::new(0);
 
 /// Whether the span of a dropped stream is not closed yet.
 #[cfg(feature = "otlp")]
 pub(crate) fn spans_are_open() -> bool {
-    LINGERING.load(Ordering::Acquire) > 0
+    DEFERRED.load(Ordering::Acquire) > 0
 }
 
 /// A CLIENT span after the database conventions, below the caller's current span.
-fn query_span(query: &Query<'_>) -> Span {
+fn query_span(query: &QueryInfo<'_>) -> Span {
     let database = query.database;
     info_span!(
         target: SCOPE,
@@ -156,7 +160,7 @@ fn query_span(query: &Query<'_>) -> Span {
 
 /// A poll batch that was taken. `rows_before` waited in the channel when the poll began.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Batch {
+pub(crate) struct PollBatch {
     pub(crate) rows: usize,
     pub(crate) bytes: usize,
     pub(crate) rows_before: usize,
@@ -180,7 +184,7 @@ struct Sums {
 }
 
 impl Sums {
-    fn add(&mut self, now: Nanos, batch: &Batch) {
+    fn add(&mut self, now: Nanos, batch: &PollBatch) {
         if self.batches == 0 {
             self.rows_before = batch.rows_before;
         }
@@ -273,7 +277,7 @@ impl BatchSpans {
     }
 
     /// The rows are in hand: here the span ends for now, whatever the consumer does next.
-    pub(super) fn taken(&mut self, now: Nanos, batch: &Batch) {
+    pub(super) fn taken(&mut self, now: Nanos, batch: &PollBatch) {
         let Some(open) = &mut self.open else { return };
         open.sums.add(now, batch);
         open.group_rows += batch.rows;

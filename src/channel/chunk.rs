@@ -1,5 +1,7 @@
 //! A chunk: the rows that travel through the channel together.
 
+use super::Payload;
+
 /// From here on memory is taken to the byte, not by guess and doubling.
 const LARGE: usize = 64 * 1024;
 
@@ -72,24 +74,27 @@ pub(crate) struct Chunk {
     pub(crate) ends: Vec<usize>,
 }
 
-impl Chunk {
-    pub(crate) fn rows(&self) -> usize {
+impl Payload for Chunk {
+    type Memory = Filling;
+
+    fn rows(&self) -> usize {
         self.ends.len()
     }
 
-    pub(crate) fn bytes(&self) -> usize {
+    fn bytes(&self) -> usize {
         self.data.len()
     }
 }
 
-/// A chunk of these rows, for tests.
 #[cfg(test)]
-pub(crate) fn of(rows: &[&[u8]]) -> Chunk {
-    let mut filling = Filling::default();
-    for row in rows {
-        filling.push(row);
+impl Chunk {
+    pub(crate) fn of(rows: &[&[u8]]) -> Self {
+        let mut filling = Filling::default();
+        for row in rows {
+            filling.push(row);
+        }
+        filling.finish()
     }
-    filling.finish()
 }
 
 #[cfg(test)]
@@ -98,7 +103,7 @@ mod tests {
 
     #[test]
     fn rows_lie_end_to_end() {
-        let chunk = of(&[b"1", b"", b"[2, 3]"]);
+        let chunk = Chunk::of(&[b"1", b"", b"[2, 3]"]);
         assert_eq!((chunk.rows(), chunk.bytes()), (3, 7));
         assert_eq!(
             (chunk.data.as_slice(), chunk.ends.as_slice()),

@@ -7,10 +7,8 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 
-use crate::chunk::{Chunk, Filling};
+use crate::channel::{Chunk, Filling, Nanos, Observer};
 use crate::error::Error;
-use crate::stats::Observer;
-use crate::time::Nanos;
 
 /// What a stream can yield: any [`DeserializeOwned`] - your types, `serde_json::Value`, `Option` of them -
 /// or [`RawJson`]. Cannot be implemented elsewhere.
@@ -278,10 +276,10 @@ impl Sampler {
         chunk: &InHand<T>,
         row: Range<usize>,
     ) -> Result<T, Error> {
-        let (ledger, size) = (&stream.gauge.ledger, row.len().max(1));
-        let start = ledger.now();
+        let (gauge, size) = (&stream.gauge, row.len().max(1));
+        let start = gauge.now();
         let value = chunk.decode(row);
-        let end = ledger.now();
+        let end = gauge.now();
         stream.progress.last_row.store(end, Ordering::Relaxed);
         let is_slow = end.saturating_sub(self.at) / self.rows > Self::SLOW;
         (self.since, self.every) = (0, if is_slow { 0 } else { Self::EVERY });
@@ -301,7 +299,7 @@ impl Sampler {
     fn account(&mut self, stream: &Observer) {
         let (spent, size) = self.sample;
         let spent = u128::from(spent) * self.bytes as u128 / size as u128;
-        stream.gauge.ledger.decoded(u64::try_from(spent).unwrap_or(u64::MAX).min(self.held));
+        stream.gauge.record_decode(u64::try_from(spent).unwrap_or(u64::MAX).min(self.held));
         (self.bytes, self.held) = (0, 0);
     }
 }
@@ -315,15 +313,10 @@ mod tests {
     use serde::{Deserialize, Deserializer};
 
     use super::*;
-    use crate::chunk;
-    use crate::gauge::Gauge;
-    use crate::ledger::Ledger;
-    use crate::time::manual;
-    use crate::watchdog::Watchdog;
 
     fn decode<T: FromJson>(rows: &[&[u8]]) -> Vec<Result<T, Error>> {
         let mut in_hand = InHand::<T>::default();
-        in_hand.take(chunk::of(rows));
+        in_hand.take(Chunk::of(rows));
         std::iter::from_fn(|| in_hand.next().map(|row| in_hand.decode(row))).collect()
     }
 
@@ -362,21 +355,15 @@ mod tests {
 
     /// Decodes the rows of one chunk; how many nanoseconds are put down to it.
     fn decoding(rows: &[&[u8]]) -> Nanos {
-        let (clock, hand) = manual();
+        let (stream, hand) = Observer::manual("t");
         HAND.set(hand);
-        let gauge = Arc::new(Gauge::new(
-            256,
-            1 << 20,
-            Ledger::new(clock.clone(), Arc::new(Watchdog::new(clock, false))),
-        ));
-        let stream = Observer { entity: "t".into(), gauge, progress: Arc::default() };
         let (mut sampler, mut in_hand) = (Sampler::default(), InHand::<Slow>::default());
-        in_hand.take(chunk::of(rows));
+        in_hand.take(Chunk::of(rows));
         while let Some(row) = sampler.decode(&stream, &mut in_hand) {
             row.unwrap();
         }
-        sampler.end(&stream, stream.gauge.ledger.now());
-        stream.gauge.ledger.read_decode()
+        sampler.end(&stream, stream.gauge.now());
+        stream.gauge.decode_time()
     }
 
     #[test]

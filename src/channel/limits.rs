@@ -1,7 +1,5 @@
 //! How much of a stream may be in memory, refused when it makes no sense.
 
-use crate::error::Error;
-
 /// The channel's rows, and the scale of the thresholds 10, 50, 200 and 240.
 const CHANNEL_ROWS: usize = 256;
 const CHUNK_ROWS: usize = 128;
@@ -23,14 +21,14 @@ pub(crate) struct Limits {
 }
 
 impl Limits {
-    pub(crate) fn new(chunk_size: Option<usize>, max_memory: Option<usize>) -> Result<Self, Error> {
+    pub(crate) fn new(chunk_size: Option<usize>, max_memory: Option<usize>) -> Result<Self, &'static str> {
         let chunk_rows = chunk_size.unwrap_or(CHUNK_ROWS);
         let bytes = max_memory.unwrap_or(MEMORY);
         if chunk_rows == 0 {
-            return Err(Error::config("chunk_size is 0: a chunk holds at least 1 row"));
+            return Err("chunk_size is 0: a chunk holds at least 1 row");
         }
         if bytes == 0 {
-            return Err(Error::config("max_memory is 0: give the bytes that rows may take while they wait"));
+            return Err("max_memory is 0: give the bytes that rows may take while they wait");
         }
         Ok(Self {
             rows: chunk_rows.max(CHANNEL_ROWS),

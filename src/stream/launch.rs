@@ -13,9 +13,9 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
+use crate::channel::{Chore, Watchdog};
+use crate::sync::lock;
 use crate::telemetry::Heartbeat;
-use crate::turns::lock;
-use crate::watchdog::{Chore, Watchdog};
 
 pub(crate) type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
 

@@ -6,25 +6,18 @@ use std::sync::atomic::Ordering;
 use std::task::Poll;
 
 use tokio::runtime::Handle;
-use tokio::sync::oneshot;
-use tokio_postgres::Statement;
-use tokio_postgres::error::SqlState;
-use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::types::ToSql;
 
-use crate::channel::{Receiver, Sender, bounded};
-use crate::config::Limits;
+use super::decode::FromJson;
+use super::json_stream::JsonStream;
+use super::launch::{Handover, Launch, Work};
+use super::reader::{Parts, Predicate};
+use super::task::{Task, launch_unprepared};
+use crate::channel::{Clock, Limits, Observer, Watchdog, bounded};
 use crate::connection::{Connection, Hold};
-use crate::decode::FromJson;
 use crate::error::{Error, ErrorKind, Result};
-use crate::launch::{Handover, Launch, Work};
-use crate::postgres::{self, Cancelled, Lease, RawRows, Sql, Value};
-use crate::producer;
-use crate::reader::{Parts, Predicate};
-use crate::stats::Observer;
-use crate::stream::JsonStream;
-use crate::telemetry::{self, Heartbeat, Recorder};
-use crate::time::Clock;
-use crate::watchdog::Watchdog;
+use crate::postgres::{self, Lease, Sql};
+use crate::telemetry::{Heartbeat, QueryInfo, Recorder};
 
 /// A query for the JSON documents of one entity; made by [`Connection::query`] or
 /// [`Connection::into_query`].
@@ -57,6 +50,32 @@ pub struct Query<'p, T, C> {
     predicate: Option<Predicate<T>>,
     chunk_size: Option<usize>,
     max_memory: Option<usize>,
+}
+
+impl Connection {
+    /// A query for the JSON in column `data` of a table or view, whose stream borrows this connection.
+    ///
+    /// `entity` is the name of a relation, quoted as an identifier (so case counts), or `schema.name`. It is
+    /// never SQL. It is also the attribute `entity` of all metrics: do not make up names by the thousand.
+    pub fn query<'p, T: FromJson>(&mut self, entity: &str) -> Query<'p, T, &mut Self> {
+        Query::new(self, entity)
+    }
+
+    /// Like [`query`](Self::query), but the stream owns the connection and is `'static`. If the stream cannot be
+    /// started, the error returns the connection. [`JsonStream::close`](crate::JsonStream::close) returns it at any
+    /// later time, also after an error that ended the stream.
+    ///
+    /// ```no_run
+    /// use futures_util::StreamExt;
+    /// # async fn example(db: fraiseql_stream::Connection) -> Result<(), fraiseql_stream::Error> {
+    /// let mut rows = db.into_query::<serde_json::Value>("orders").stream().await?;
+    /// tokio::spawn(async move { while let Some(row) = rows.next().await { /* ... */ } });
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn into_query<'p, T: FromJson>(self, entity: &str) -> Query<'p, T, Self> {
+        Query::new(self, entity)
+    }
 }
 
 impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
@@ -172,11 +191,12 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
         };
         let mut recorder = self.record(observer.clone(), &text);
         let handover = Handover::default();
-        let lease = Lease::new(&session, turn, recorder.span(), &handover);
+        let lease = Lease::new(&session, turn, recorder.span());
         let heartbeat = Heartbeat::new(observer.clone(), recorder.span().clone());
+        let task = Task { lease, text, sender, handover: handover.clone() };
         let launch = |work: Work| Launch::new(runtime, watchdog, (work, handover), heartbeat);
 
-        let kept = session.statement(&text).and_then(|statement| {
+        let kept = session.statement(&task.text).and_then(|statement| {
             // Values that do not fit may fit when it is prepared again: the types of its parameters can change.
             let values = postgres::encode(&self.values, statement.params()).ok()?;
             Some((statement, values))
@@ -184,10 +204,9 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
         let unseen_failure = Arc::clone(session.unseen_failure());
         // The task alone keeps the session from here on, until it gives back the turn.
         drop(session);
-        let task = Task { lease, text, sender };
         let launched = match kept {
             Some((statement, values)) => Ok(launch(Box::pin(task.query(statement, values)))),
-            None => prepare(task, launch, &mut receiver, &self.values).await,
+            None => launch_unprepared(task, launch, &mut receiver, &self.values).await,
         };
         match launched {
             Ok(launch) => {
@@ -209,7 +228,7 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
 
     /// What can be checked before anything is sent.
     fn check(&self) -> Result<(Limits, String, Handle)> {
-        let limits = Limits::new(self.chunk_size, self.max_memory)?;
+        let limits = Limits::new(self.chunk_size, self.max_memory).map_err(Error::config)?;
         let text = self.sql.text()?;
         let runtime = Handle::try_current().map_err(|_| Error::no_runtime())?;
         Ok((limits, text, runtime))
@@ -224,7 +243,7 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
     /// Opens the query span and all else that tells of the stream.
     fn record(&self, stream: Observer, text: &str) -> Recorder {
         let Connection { telemetry, .. } = self.connection.borrow();
-        let about = telemetry::Query {
+        let about = QueryInfo {
             entity: &self.sql.entity,
             summary: &format!("SELECT {}", self.sql.entity),
             schema: self.sql.schema(),
@@ -233,29 +252,6 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
         };
         Recorder::start(&telemetry.instruments, stream, about, telemetry.poll_spans)
     }
-}
-
-/// Launches the work with a statement that Postgres has to prepare first.
-async fn prepare(
-    task: Task,
-    launch: impl FnOnce(Work) -> Launch,
-    receiver: &mut Receiver,
-    values: &[&(dyn ToSql + Sync)],
-) -> Result<Launch> {
-    let (types, mut prepared) = oneshot::channel();
-    let (bind, bound) = oneshot::channel();
-    let launch = launch(Box::pin(task.prepare_and_query(types, bound)));
-    receiver.wait_for_start();
-    let prepared = std::future::poll_fn(|cx| {
-        launch.poll(cx);
-        std::pin::Pin::new(&mut prepared).poll(cx)
-    });
-    let types = prepared.await.unwrap_or_else(|_| Err(Error::lost()));
-    receiver.resume();
-    let values = postgres::encode(values, &types?)?;
-    // If nobody takes them, the stream's first item says why.
-    let _ = bind.send(values);
-    Ok(launch)
 }
 
 impl<T, C> fmt::Debug for Query<'_, T, C> {
@@ -267,107 +263,4 @@ impl<T, C> fmt::Debug for Query<'_, T, C> {
             .field("max_memory", &self.max_memory)
             .finish_non_exhaustive()
     }
-}
-
-/// What runs beside a stream: from the query's text to its last row, and the clean-up when the consumer leaves.
-struct Task {
-    lease: Lease,
-    text: String,
-    sender: Sender,
-}
-
-impl Task {
-    /// Prepares the statement, sends the types of its parameters, and gets the values for them.
-    async fn prepare_and_query(
-        mut self,
-        types: oneshot::Sender<Result<Vec<Type>>>,
-        values: oneshot::Receiver<Vec<Value>>,
-    ) {
-        let statement = match self.prepare().await {
-            Ok(Ok(statement)) => statement,
-            Ok(Err(error)) => {
-                self.lease.fails(&error);
-                // Where nobody waits for it, nobody wants the query.
-                let _ = types.send(Err(error));
-                return;
-            }
-            Err(Cancelled) => return,
-        };
-        let _ = types.send(Ok(statement.params().to_vec()));
-        if let Ok(values) = values.await {
-            self.query(statement, values).await;
-        }
-    }
-
-    async fn prepare(&mut self) -> Result<Result<Statement>, Cancelled> {
-        self.lease.prepare(&self.text, gone(&mut self.sender)).await
-    }
-
-    async fn query(mut self, statement: Statement, values: Vec<Value>) {
-        let started = match self.begin(&statement, &values).await {
-            Ok(Err(error)) if error.is_stale_statement() => {
-                self.begin_again(&statement, &values, error).await
-            }
-            started => started,
-        };
-        let Self { lease, mut sender, .. } = self;
-        let mut rows = match started {
-            Ok(Ok(rows)) => rows,
-            Ok(Err(error)) => {
-                lease.fails(&error);
-                return sender.finish(Err(error));
-            }
-            Err(Cancelled) => return,
-        };
-        match producer::run(&mut sender, &mut rows, lease.handover()).await {
-            Ok(Ok(())) => {
-                sender.finish(Ok(()));
-                lease.finish(rows).await;
-            }
-            // The server's error has ended the query; any other has not.
-            Ok(Err(error)) if error.sqlstate().is_some() => {
-                lease.fails(&error);
-                sender.finish(Err(lease.explain(error).await));
-                lease.finish(rows).await;
-            }
-            Ok(Err(error)) => {
-                sender.finish(Err(lease.explain(error).await));
-                lease.cancel(rows).await;
-            }
-            Err(_) => lease.cancel(rows).await,
-        }
-        // If it is not kept, it is closed behind the query, and before another one begins.
-        drop(statement);
-    }
-
-    async fn begin(&mut self, statement: &Statement, values: &[Value]) -> Result<Result<RawRows>, Cancelled> {
-        self.lease.query(statement, values, gone(&mut self.sender)).await
-    }
-
-    /// Prepares a statement again that the server does not accept any more, after a change of the schema or
-    /// `DISCARD ALL`, and runs it. In a transaction, which `stale` has aborted, that fails.
-    async fn begin_again(
-        &mut self,
-        before: &Statement,
-        values: &[Value],
-        stale: Error,
-    ) -> Result<Result<RawRows>, Cancelled> {
-        self.lease.forget(&self.text);
-        match self.prepare().await? {
-            Ok(statement) if statement.params() == before.params() => self.begin(&statement, values).await,
-            Ok(_) => {
-                Ok(Err(stale.with_note("the types of its parameters have changed; run the query again")))
-            }
-            Err(error) if error.sqlstate() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => Ok(Err(stale
-                .with_note(
-                    "the schema changed after the statement was prepared; run the transaction again",
-                ))),
-            Err(error) => Ok(Err(error)),
-        }
-    }
-}
-
-/// Waits until the consumer has left.
-async fn gone(sender: &mut Sender) {
-    std::future::poll_fn(|cx| sender.poll_closed(cx)).await;
 }

@@ -5,6 +5,8 @@
 //! ask for turns at the moments that matter to them, so that the turn is queued right beside the consumer's task. A
 //! second task serves the turns that are asked for by rows.
 
+mod turns;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -14,8 +16,10 @@ use std::time::Duration;
 use tokio::runtime::{Handle, Id, RuntimeFlavor};
 use tokio::time::sleep;
 
-use crate::time::{Clock, Nanos};
-use crate::turns::{Bell, GRACE, Log, NEVER, lock};
+pub(crate) use self::turns::CATCH_UP;
+use self::turns::{Bell, GRACE, Log, NEVER};
+use super::clock::{Clock, Nanos};
+use crate::sync::lock;
 
 /// Something to do for a stream now and then, at times that need not be exact.
 pub(crate) trait Chore: Send + Sync {

@@ -6,11 +6,11 @@ use std::task::{Context, Poll};
 
 use futures_core::Stream;
 
+use super::decode::FromJson;
+use super::reader::{Parts, Reader};
+use crate::channel::{Observer, Stats};
 use crate::connection::{Connection, Hold};
-use crate::decode::FromJson;
 use crate::error::Result;
-use crate::reader::{Parts, Reader};
-use crate::stats::{Observer, Stats};
 
 /// Rows of a query, in order, as `T`.
 ///

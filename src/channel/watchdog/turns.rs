@@ -2,12 +2,13 @@
 //! are asked for.
 
 use std::collections::VecDeque;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
-use crate::time::Nanos;
+use crate::channel::clock::Nanos;
+use crate::sync::lock;
 
 /// How late a timer may fire: its resolution is 1 ms.
 pub(crate) const GRACE: Nanos = 3 * MS / 2;
@@ -145,8 +146,4 @@ fn push<T>(log: &mut VecDeque<T>, entry: T, most: usize) {
         log.pop_front();
     }
     log.push_back(entry);
-}
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

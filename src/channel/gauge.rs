@@ -2,14 +2,15 @@
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use crate::ledger::Ledger;
+use super::clock::Nanos;
+use super::ledger::{Ledger, Times};
 
 /// Written under the channel's lock; read by whoever looks, who never waits.
 #[derive(Debug)]
 pub(crate) struct Gauge {
     pub(crate) row_limit: usize,
     pub(crate) byte_limit: usize,
-    pub(crate) ledger: Ledger,
+    pub(super) ledger: Ledger,
     rows: AtomicUsize,
     bytes: AtomicUsize,
     peak_bytes: AtomicUsize,
@@ -17,7 +18,7 @@ pub(crate) struct Gauge {
 }
 
 impl Gauge {
-    pub(crate) fn new(row_limit: usize, byte_limit: usize, ledger: Ledger) -> Self {
+    pub(super) fn new(row_limit: usize, byte_limit: usize, ledger: Ledger) -> Self {
         Self {
             row_limit,
             byte_limit,
@@ -27,6 +28,31 @@ impl Gauge {
             peak_bytes: AtomicUsize::new(0),
             received_bytes: AtomicU64::new(0),
         }
+    }
+
+    /// Returns the age of the stream.
+    pub(crate) fn now(&self) -> Nanos {
+        self.ledger.now()
+    }
+
+    /// Returns where the time went without a delay that cannot be attributed yet, so that nothing has to be taken back.
+    pub(crate) fn settled_times(&self) -> Times {
+        self.ledger.read_settled()
+    }
+
+    /// Returns the time spent decoding.
+    pub(crate) fn decode_time(&self) -> Nanos {
+        self.ledger.read_decode()
+    }
+
+    /// Counts `spent` as decoding.
+    pub(crate) fn record_decode(&self, spent: Nanos) {
+        self.ledger.decoded(spent);
+    }
+
+    /// Records that the consumer waited for `waited`.
+    pub(crate) fn record_wait(&self, waited: Nanos) {
+        self.ledger.watchdog().record_wait(waited);
     }
 
     /// Rows that wait in the channel.

@@ -4,21 +4,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
-use crate::channel::{Ended, Occupancy, Receiver, Taken};
-use crate::chunk::Chunk;
-use crate::decode::{FromJson, InHand, Sampler};
+use super::decode::{FromJson, InHand, Sampler};
+use super::launch::Launch;
+use crate::channel::{Chunk, Ended, Nanos, Observer, Occupancy, Payload as _, Progress, Receiver, Taken};
 use crate::error::{Error, Result};
-use crate::launch::Launch;
-use crate::stats::{Observer, Progress};
-use crate::telemetry::{Batch, Recorder};
-use crate::time::Nanos;
+use crate::telemetry::{PollBatch, Recorder};
 
 /// A Rust predicate on rows that are already decoded.
 pub(crate) type Predicate<T> = Box<dyn FnMut(&T) -> bool + Send>;
 
 /// The consumer's half of a stream.
 pub(crate) struct Reader<T: FromJson> {
-    receiver: Receiver,
+    receiver: Receiver<Chunk, Error>,
     chunk: InHand<T>,
     ended: bool,
     predicate: Option<Predicate<T>>,
@@ -51,7 +48,7 @@ enum Producing {
 
 /// What a query hands over to its stream.
 pub(crate) struct Parts<T> {
-    pub(crate) receiver: Receiver,
+    pub(crate) receiver: Receiver<Chunk, Error>,
     pub(crate) predicate: Option<Predicate<T>>,
     pub(crate) observer: Observer,
     pub(crate) recorder: Recorder,
@@ -179,13 +176,13 @@ impl<T: FromJson> Reader<T> {
     /// Whether the last row was taken. The good end behind it need not be here yet where the rows have a limit.
     fn is_complete(&self) -> bool {
         let is_last = match self.receiver.peek_end() {
-            Some(end) => end == Ended::Well,
+            Some(end) => end == Ended::Complete,
             None => self.limit.is_some_and(|limit| self.chunk.rows_given() >= limit),
         };
         is_last && self.held.is_none() && self.chunk.is_used_up()
     }
 
-    fn poll_take(&mut self, cx: &mut Context<'_>) -> Poll<Taken> {
+    fn poll_take(&mut self, cx: &mut Context<'_>) -> Poll<Taken<Chunk, Error>> {
         let polled = self.polling();
         if matches!(self.producing, Producing::ByPolls(_)) {
             self.produce(cx);
@@ -225,7 +222,7 @@ impl<T: FromJson> Reader<T> {
         if let Some(polled) = self.polled {
             return polled;
         }
-        let now = self.observer.gauge.ledger.now();
+        let now = self.observer.gauge.now();
         self.sampler.end(&self.observer, now);
         self.receiver.give_back(self.chunk.put_down());
         self.recorder.polled(now);
@@ -234,7 +231,7 @@ impl<T: FromJson> Reader<T> {
     }
 
     /// Makes the chunk that was taken the current one, or ends the stream; returns the error that ended it.
-    fn accept(&mut self, taken: Taken) -> Option<Error> {
+    fn accept(&mut self, taken: Taken<Chunk, Error>) -> Option<Error> {
         let end = match taken {
             Taken::Chunk { chunk, occupancy, came_late, at } => {
                 // A consumer that was woken and takes the first rows at once had found the channel empty.
@@ -261,9 +258,9 @@ impl<T: FromJson> Reader<T> {
         let polled = self.polled.take().unwrap_or(now);
         let found = if found_none { Occupancy::default() } else { occupancy };
         if found_none {
-            self.observer.gauge.ledger.watchdog().record_wait(now.saturating_sub(polled));
+            self.observer.gauge.record_wait(now.saturating_sub(polled));
         }
-        let batch = Batch {
+        let batch = PollBatch {
             rows: chunk.rows(),
             bytes: chunk.bytes(),
             rows_before: found.rows,

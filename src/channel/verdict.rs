@@ -1,14 +1,9 @@
-//! What a stream tells of itself, and the one rule that turns times into a verdict.
+//! `Verdict`: the rule that turns shares of time into the side that sets the pace.
 
-use std::fmt::{self, Write as _};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::fmt;
 
-use crate::error::OneLine;
-use crate::gauge::Gauge;
-use crate::ledger::{Consumer, Producer, Times};
-use crate::time::Nanos;
+use super::format::Percent;
+use super::ledger::{ConsumerState, Times};
 
 /// Which side sets the pace of a stream.
 ///
@@ -102,7 +97,7 @@ impl Verdict {
         }
     }
 
-    fn advice(self) -> &'static str {
+    pub(super) fn advice(self) -> &'static str {
         match self {
             Self::ConsumerBound => ": Postgres waited for your code, not the other way round",
             Self::SourceBound => ": your code waited for Postgres",
@@ -148,13 +143,13 @@ pub struct Shares {
 }
 
 impl Shares {
-    fn of(times: &Times) -> Self {
+    pub(super) fn of(times: &Times) -> Self {
         let part = |state| times.of(state) as f64;
         let [backlog, source_wait, scheduled, overlap] = [
-            part(Consumer::Backlog),
-            part(Consumer::SourceWait),
-            part(Consumer::Scheduled),
-            part(Consumer::Overlap),
+            part(ConsumerState::Backlog),
+            part(ConsumerState::SourceWait),
+            part(ConsumerState::Scheduled),
+            part(ConsumerState::Overlap),
         ];
         let whole = backlog + source_wait + scheduled + overlap;
         if whole == 0.0 {
@@ -216,7 +211,7 @@ impl Shares {
     }
 
     /// The verdict with its share, as in `source-bound 61 %` or `mixed: runtime 61 %, source 38 %`.
-    fn summary(&self) -> String {
+    pub(super) fn summary(&self) -> String {
         let verdict = self.verdict();
         if verdict != Verdict::Mixed {
             return format!("{verdict} {}", Percent(self.of_verdict()));
@@ -253,265 +248,6 @@ impl Side {
     }
 }
 
-/// The consumer's half of a stream's life, cut into states that add up to [`Stats::elapsed`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct StreamTime {
-    /// Polled, and nothing was there.
-    pub source_wait: Duration,
-    /// Your code was ready to run, but the async runtime was late to run it.
-    pub scheduled: Duration,
-    /// Turning JSON into `T`. Sampled; what it gains here it loses in `consumer`.
-    pub decode: Duration,
-    /// Your code held the rows.
-    pub consumer: Duration,
-    /// Between [`pause`](crate::JsonStream::pause) and the next poll.
-    pub paused: Duration,
-}
-
-/// The producer's half, cut into states that add up to the time from the query's start to its last row.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct ProducerTime {
-    /// Waiting for Postgres or reading from it.
-    pub source: Duration,
-    /// Waiting for room in the channel: so long was Postgres held back.
-    pub room: Duration,
-}
-
-/// A stream's statistics at one moment. Taking them neither waits nor disturbs the stream.
-///
-/// ```no_run
-/// # async fn example(stream: fraiseql_stream::JsonStream<serde_json::Value>) {
-/// let stats = stream.stats();
-/// println!("{stats}"); // orders: 214,332 rows, 61.0 MB in 12.4 s; consumer-bound 81 % (...)
-/// println!("{} rows wait, {:?}", stats.buffered_rows, stats.verdict());
-/// # }
-/// ```
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct Stats {
-    /// The relation, as it was given to `query`.
-    pub entity: Arc<str>,
-    /// The stream's life so far; it stands still once the stream has ended.
-    pub elapsed: Duration,
-    /// Rows given to your code.
-    pub rows: u64,
-    /// Rows that `where_rust` kept back.
-    pub filtered: u64,
-    /// Rows that did not decode.
-    pub failed: u64,
-    /// Payload bytes received.
-    pub bytes: u64,
-    /// Rows that wait in the channel now.
-    pub buffered_rows: usize,
-    /// Payload bytes that wait in the channel now.
-    pub buffered_bytes: usize,
-    /// The most payload bytes that ever waited at once.
-    pub peak_bytes: usize,
-    /// The most rows that may wait.
-    pub row_limit: usize,
-    /// The most payload bytes that may wait (`max_memory`).
-    pub byte_limit: usize,
-    /// Where the consumer's time went.
-    pub time: StreamTime,
-    /// Where the producer's time went.
-    pub producer_time: ProducerTime,
-    /// The time in which the consumer was busy while rows, or the end, waited for it.
-    pub backlog: Duration,
-    shares: Shares,
-    recent: Shares,
-}
-
-impl Stats {
-    /// Who set the pace since the stream began.
-    pub fn verdict(&self) -> Verdict {
-        self.shares.verdict()
-    }
-
-    /// The shares behind [`verdict`](Self::verdict).
-    pub fn shares(&self) -> Shares {
-        self.shares
-    }
-
-    /// The shares of the last ten seconds of the stream's life; `recent().verdict()` is who sets the pace now.
-    pub fn recent(&self) -> Shares {
-        self.recent
-    }
-
-    /// How far the stream got, as in `after 1,234 rows in 5.0 s`.
-    pub(crate) fn progress(&self) -> String {
-        format!("after {} rows in {}", Grouped(self.rows), Seconds(self.elapsed))
-    }
-
-    /// [`progress`](Self::progress) and which side set the pace.
-    pub(crate) fn summary(&self) -> String {
-        format!("{}; {}{}", self.progress(), self.shares.summary(), self.verdict().advice())
-    }
-}
-
-impl fmt::Display for Stats {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let whole = self.elapsed.as_secs_f64().max(f64::MIN_POSITIVE);
-        let part = |time: Duration| Percent(time.as_secs_f64() / whole);
-        write!(
-            OneLine(f),
-            "{}: {} rows, {} in {}; {} (your code {}, decoding {}), peak {} of {}",
-            self.entity,
-            Grouped(self.rows),
-            Bytes(self.bytes),
-            Seconds(self.elapsed),
-            self.shares.summary(),
-            part(self.time.consumer),
-            part(self.time.decode),
-            Bytes(self.peak_bytes as u64),
-            Bytes(self.byte_limit as u64),
-        )
-    }
-}
-
-struct Grouped(u64);
-
-impl fmt::Display for Grouped {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let digits = self.0.to_string();
-        for (i, digit) in digits.char_indices() {
-            if i > 0 && (digits.len() - i).is_multiple_of(3) {
-                f.write_str(",")?;
-            }
-            write!(f, "{digit}")?;
-        }
-        Ok(())
-    }
-}
-
-struct Bytes(u64);
-
-impl fmt::Display for Bytes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let amount = self.0 as f64;
-        match self.0 {
-            0..1_000 => write!(f, "{} B", self.0),
-            1_000..1_000_000 => write!(f, "{:.1} kB", amount / 1e3),
-            1_000_000..1_000_000_000 => write!(f, "{:.1} MB", amount / 1e6),
-            _ => write!(f, "{:.1} GB", amount / 1e9),
-        }
-    }
-}
-
-struct Seconds(Duration);
-
-impl fmt::Display for Seconds {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let seconds = self.0.as_secs_f64();
-        if seconds < 1.0 { write!(f, "{:.0} ms", seconds * 1e3) } else { write!(f, "{seconds:.1} s") }
-    }
-}
-
-struct Percent(f64);
-
-impl fmt::Display for Percent {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:.0} %", self.0 * 100.0)
-    }
-}
-
-/// Rows by what became of them. One writer, the stream; read by all.
-#[derive(Debug, Default)]
-pub(crate) struct Progress {
-    pub(crate) yielded: AtomicU64,
-    pub(crate) filtered: AtomicU64,
-    pub(crate) failed: AtomicU64,
-    /// When a row was last seen to be given out, in nanoseconds of the stream's life.
-    pub(crate) last_row: AtomicU64,
-}
-
-impl Progress {
-    /// Adds one without the cost of an atomic addition: the stream alone writes.
-    pub(crate) fn count(counter: &AtomicU64) {
-        counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-    }
-}
-
-/// Looks at a stream from elsewhere: another task, a status page, a health check. Cheap to clone; it
-/// keeps working, and stands still, after the stream has ended.
-///
-/// ```no_run
-/// # async fn example(stream: fraiseql_stream::JsonStream<serde_json::Value>) {
-/// let observer = stream.observer();
-/// tokio::spawn(async move {
-///     while !observer.is_ended() {
-///         println!("{}", observer.stats());
-///         tokio::time::sleep(std::time::Duration::from_secs(1)).await;
-///     }
-/// });
-/// # }
-/// ```
-#[derive(Clone)]
-pub struct Observer {
-    pub(crate) entity: Arc<str>,
-    pub(crate) gauge: Arc<Gauge>,
-    pub(crate) progress: Arc<Progress>,
-}
-
-impl Observer {
-    /// The stream's statistics now.
-    pub fn stats(&self) -> Stats {
-        let gauge = &self.gauge;
-        let times = gauge.ledger.read();
-        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Stats {
-            entity: Arc::clone(&self.entity),
-            elapsed: Duration::from_nanos(times.at),
-            rows: count(&self.progress.yielded),
-            filtered: count(&self.progress.filtered),
-            failed: count(&self.progress.failed),
-            bytes: gauge.received_bytes(),
-            buffered_rows: gauge.rows(),
-            buffered_bytes: gauge.bytes(),
-            peak_bytes: gauge.peak_bytes(),
-            row_limit: gauge.row_limit,
-            byte_limit: gauge.byte_limit,
-            time: StreamTime::of(&times),
-            producer_time: ProducerTime {
-                source: Duration::from_nanos(times.producer[Producer::Source as usize]),
-                room: Duration::from_nanos(times.producer[Producer::Room as usize]),
-            },
-            backlog: Duration::from_nanos(times.of(Consumer::Backlog)),
-            shares: Shares::of(&times),
-            recent: Shares::of(&since(&times, gauge.ledger.read_window_start())),
-        }
-    }
-
-    /// Whether the stream is over: its end was reached, or it was dropped.
-    pub fn is_ended(&self) -> bool {
-        self.gauge.ledger.is_ended()
-    }
-}
-
-impl fmt::Debug for Observer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Observer").field("stats", &self.stats()).finish()
-    }
-}
-
-impl StreamTime {
-    fn of(times: &Times) -> Self {
-        let held = times.of(Consumer::Overlap) + times.of(Consumer::Backlog);
-        Self {
-            source_wait: Duration::from_nanos(times.of(Consumer::SourceWait)),
-            scheduled: Duration::from_nanos(times.of(Consumer::Scheduled)),
-            decode: Duration::from_nanos(times.decode),
-            consumer: Duration::from_nanos(held - times.decode),
-            paused: Duration::from_nanos(times.of(Consumer::Paused)),
-        }
-    }
-}
-
-fn since(now: &Times, then: [Nanos; 5]) -> Times {
-    Times { consumer: std::array::from_fn(|i| now.consumer[i].saturating_sub(then[i])), ..*now }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -533,27 +269,10 @@ mod tests {
     }
 
     #[test]
-    fn statistics_are_one_line_whatever_the_entity_is_named() {
-        let (clock, _) = crate::time::manual();
-        let watchdog = Arc::new(crate::watchdog::Watchdog::new(clock.clone(), false));
-        let gauge = Arc::new(Gauge::new(1, 1, crate::ledger::Ledger::new(clock, watchdog)));
-        let observer = Observer { entity: "a\nb".into(), gauge, progress: Arc::default() };
-        assert!(observer.stats().to_string().starts_with("a\\nb: 0 rows"), "{}", observer.stats());
-    }
-
-    #[test]
     fn a_mixed_verdict_names_the_sides_with_their_shares() {
         let shares = Shares { backlog: 0.01, source_wait: 0.38, scheduled: 0.61, overlap: 0.0 };
         assert_eq!(shares.summary(), "mixed: runtime 61 %, source 38 %");
         let shares = Shares { backlog: 0.01, source_wait: 0.88, scheduled: 0.11, overlap: 0.0 };
         assert_eq!(shares.summary(), "source-bound 88 %");
-    }
-
-    #[test]
-    fn figures_read_well() {
-        assert_eq!(Grouped(7).to_string(), "7");
-        assert_eq!(Grouped(100_213).to_string(), "100,213");
-        assert_eq!(Bytes(61_000_000).to_string(), "61.0 MB");
-        assert_eq!(Seconds(Duration::from_millis(12_400)).to_string(), "12.4 s");
     }
 }

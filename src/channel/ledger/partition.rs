@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use crate::time::Nanos;
+use crate::channel::clock::Nanos;
 
 /// A lifetime divided into `N` states.
 #[derive(Debug)]

@@ -17,10 +17,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crate::partition::add;
-use crate::time::{Clock, Nanos};
-use crate::turns::CATCH_UP;
-use crate::watchdog::Watchdog;
+use super::partition::add;
+use crate::channel::clock::{Clock, Nanos};
+use crate::channel::watchdog::{CATCH_UP, Watchdog};
 
 /// A consumer that takes rows within this time takes them at once: a healthy runtime may need as long to run a task
 /// that is ready.
@@ -104,7 +103,7 @@ impl Evidence {
     }
 
     /// Rows arrived, and the consumer is about to be woken.
-    pub(crate) fn rows_came(&self, now: Nanos) {
+    pub(crate) fn rows_arrived(&self, now: Nanos) {
         let is_worth_it =
             if self.watchdog.has_one_thread() { self.is_suspect(now) } else { self.is_slow(now) };
         self.asked_by_rows.store(if is_worth_it { now } else { NEVER }, Ordering::Relaxed);

@@ -2,47 +2,78 @@
 
 use std::task::{Context, Poll};
 
-use crate::channel::{Closed, Room, Sender};
-use crate::chunk::{Chunk, Filling};
-use crate::config::Limits;
+use super::launch::Handover;
+use crate::channel::{Chunk, Closed, Filling, Limits, Payload as _, Room, Sender};
 use crate::error::Error;
-use crate::launch::Handover;
-use crate::source::Source;
+use crate::postgres::RawRows;
+
+/// Where rows come from.
+pub(super) trait Source {
+    /// Lends the JSON text of the next row to `look`. Returns `None` at the end.
+    fn poll_row<V>(
+        &mut self,
+        cx: &mut Context<'_>,
+        look: impl FnOnce(&[u8]) -> V,
+    ) -> Poll<Option<Result<V, Error>>>;
+}
+
+impl Source for RawRows {
+    #[inline]
+    fn poll_row<V>(
+        &mut self,
+        cx: &mut Context<'_>,
+        look: impl FnOnce(&[u8]) -> V,
+    ) -> Poll<Option<Result<V, Error>>> {
+        Self::poll_row(self, cx, look)
+    }
+}
+
+/// Why not all rows are in the channel.
+#[derive(Debug)]
+pub(super) enum Stopped {
+    /// The consumer left.
+    Closed,
+    /// The source failed. All rows that precede the error are in the channel.
+    Failed(Error),
+}
 
 /// Moves all rows of `source` into the channel; returns when the source has ended, or has failed, and all
 /// that came before is in the channel. `Closed` says that the consumer left first.
 ///
 /// Room is asked for before rows are read, so what is read can always be sent and at most one row waits
 /// outside of the channel's bounds. Moves into a task if there is more than one chunk.
-pub(crate) async fn run(
-    sender: &mut Sender,
+pub(super) async fn run(
+    sender: &mut Sender<Chunk, Error>,
     source: &mut impl Source,
     handover: &Handover,
-) -> Result<Result<(), Error>, Closed> {
+) -> Result<(), Stopped> {
     let mut cutter = Cutter::new(sender.limits());
     loop {
         let next = cutter.held.as_ref().map_or(0, Vec::len);
         cutter.room = std::future::poll_fn(|cx| sender.poll_room(cx, next)).await?;
         let cut = std::future::poll_fn(|cx| match cutter.poll_cut(cx, source) {
-            Poll::Pending if sender.poll_closed(cx).is_ready() => Poll::Ready(Err(Closed)),
-            cut => cut.map(Ok),
+            Poll::Pending if sender.poll_closed(cx).is_ready() => Poll::Ready(Err(Stopped::Closed)),
+            cut => cut.map_err(Stopped::Failed),
         });
-        let cut = cut.await?;
+        let cut = cut.await;
         if let Some(chunk) = cutter.take() {
             let (rows, bytes) = (chunk.rows(), chunk.bytes());
             cutter.filling = sender.send(chunk);
             cutter.filling.expect(rows, bytes);
         }
-        match cut {
-            Ok(false) => {
-                if !handover.is_done() {
-                    sender.leave();
-                    handover.ensure_task().await;
-                }
-            }
-            Ok(true) => return Ok(Ok(())),
-            Err(error) => return Ok(Err(error)),
+        if cut? {
+            return Ok(());
         }
+        if !handover.is_done() {
+            sender.leave();
+            handover.ensure_task().await;
+        }
+    }
+}
+
+impl From<Closed> for Stopped {
+    fn from(Closed: Closed) -> Self {
+        Self::Closed
     }
 }
 
@@ -116,13 +147,11 @@ mod tests {
     use tokio_test::{assert_pending, assert_ready, task};
 
     use super::*;
-    use crate::channel::{Receiver, Taken, bounded};
-    use crate::time::Clock;
-    use crate::watchdog::Watchdog;
+    use crate::channel::{Clock, Receiver, Taken, Watchdog, bounded};
 
     const LIMITS: Limits = Limits { rows: 8, bytes: 80, chunk_rows: 4, chunk_bytes: 40 };
 
-    fn channel() -> (Sender, Receiver) {
+    fn channel() -> (Sender<Chunk, Error>, Receiver<Chunk, Error>) {
         bounded(LIMITS, Clock::start(), Arc::new(Watchdog::new(Clock::start(), false)))
     }
 
@@ -142,7 +171,7 @@ mod tests {
     }
 
     /// The sizes of the chunks that can be taken now, and whether the end was among them.
-    fn chunks(receiver: &mut Receiver) -> (Vec<usize>, bool) {
+    fn chunks(receiver: &mut Receiver<Chunk, Error>) -> (Vec<usize>, bool) {
         let mut sizes = Vec::new();
         loop {
             match receiver.try_take() {
@@ -166,7 +195,7 @@ mod tests {
         assert_pending!(work.poll());
         assert_eq!(chunks(&mut receiver), (vec![4, 2], false));
         drop(rows);
-        assert!(matches!(assert_ready!(work.poll()), Ok(Ok(()))));
+        assert!(matches!(assert_ready!(work.poll()), Ok(())));
     }
 
     #[test]
@@ -211,7 +240,7 @@ mod tests {
         let source = futures::stream::iter(["30 bytes, which is not too much"; 2].map(Ok));
         let mut source = From(source);
         let mut work = task::spawn(run(&mut sender, &mut source, &in_task));
-        assert!(matches!(assert_ready!(work.poll()), Ok(Ok(()))));
+        assert!(matches!(assert_ready!(work.poll()), Ok(())));
         drop(work);
         assert_eq!(chunks(&mut receiver).0, [1, 1]);
     }
@@ -223,7 +252,7 @@ mod tests {
         let source = futures::stream::iter([Ok("1"), Ok("2"), Err(Error::lost())]);
         let mut source = From(source);
         let mut work = task::spawn(run(&mut sender, &mut source, &in_task));
-        assert!(matches!(assert_ready!(work.poll()), Ok(Err(_))));
+        assert!(matches!(assert_ready!(work.poll()), Err(Stopped::Failed(_))));
         drop(work);
         assert_eq!(chunks(&mut receiver).0, [2]);
     }
@@ -237,6 +266,6 @@ mod tests {
         assert_pending!(work.poll());
         drop(receiver);
         assert!(work.is_woken());
-        assert!(matches!(assert_ready!(work.poll()), Err(Closed)));
+        assert!(matches!(assert_ready!(work.poll()), Err(Stopped::Closed)));
     }
 }

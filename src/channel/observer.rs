@@ -1,0 +1,119 @@
+//! `Observer`: reads the statistics of a stream from elsewhere.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::clock::Nanos;
+use super::gauge::Gauge;
+use super::ledger::{ConsumerState, ProducerState, Times};
+use super::stats::{ProducerTime, Stats, StreamTime};
+use super::verdict::Shares;
+
+/// Rows by what became of them. One writer, the stream; read by all.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    pub(crate) yielded: AtomicU64,
+    pub(crate) filtered: AtomicU64,
+    pub(crate) failed: AtomicU64,
+    /// When a row was last seen to be given out, in nanoseconds of the stream's life.
+    pub(crate) last_row: AtomicU64,
+}
+
+impl Progress {
+    /// Adds one without the cost of an atomic addition: the stream alone writes.
+    pub(crate) fn count(counter: &AtomicU64) {
+        counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    }
+}
+
+/// Looks at a stream from elsewhere: another task, a status page, a health check. Cheap to clone; it
+/// keeps working, and stands still, after the stream has ended.
+///
+/// ```no_run
+/// # async fn example(stream: fraiseql_stream::JsonStream<serde_json::Value>) {
+/// let observer = stream.observer();
+/// tokio::spawn(async move {
+///     while !observer.is_ended() {
+///         println!("{}", observer.stats());
+///         tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+///     }
+/// });
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Observer {
+    pub(crate) entity: Arc<str>,
+    pub(crate) gauge: Arc<Gauge>,
+    pub(crate) progress: Arc<Progress>,
+}
+
+impl Observer {
+    /// The stream's statistics now.
+    pub fn stats(&self) -> Stats {
+        let gauge = &self.gauge;
+        let times = gauge.ledger.read();
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Stats {
+            entity: Arc::clone(&self.entity),
+            elapsed: Duration::from_nanos(times.at),
+            rows: count(&self.progress.yielded),
+            filtered: count(&self.progress.filtered),
+            failed: count(&self.progress.failed),
+            bytes: gauge.received_bytes(),
+            buffered_rows: gauge.rows(),
+            buffered_bytes: gauge.bytes(),
+            peak_bytes: gauge.peak_bytes(),
+            row_limit: gauge.row_limit,
+            byte_limit: gauge.byte_limit,
+            time: StreamTime::of(&times),
+            producer_time: ProducerTime {
+                source: Duration::from_nanos(times.producer[ProducerState::Source as usize]),
+                room: Duration::from_nanos(times.producer[ProducerState::Room as usize]),
+            },
+            backlog: Duration::from_nanos(times.of(ConsumerState::Backlog)),
+            shares: Shares::of(&times),
+            recent: Shares::of(&since(&times, gauge.ledger.read_window_start())),
+        }
+    }
+
+    /// Whether the stream is over: its end was reached, or it was dropped.
+    pub fn is_ended(&self) -> bool {
+        self.gauge.ledger.is_ended()
+    }
+}
+
+impl fmt::Debug for Observer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Observer").field("stats", &self.stats()).finish()
+    }
+}
+
+fn since(now: &Times, then: [Nanos; 5]) -> Times {
+    Times { consumer: std::array::from_fn(|i| now.consumer[i].saturating_sub(then[i])), ..*now }
+}
+
+#[cfg(test)]
+impl Observer {
+    /// Observes a stream whose clock the test moves by hand.
+    pub(crate) fn manual(entity: &str) -> (Self, Arc<AtomicU64>) {
+        use super::{clock, ledger::Ledger, watchdog::Watchdog};
+
+        let (clock, hand) = clock::manual();
+        let watchdog = Arc::new(Watchdog::new(clock.clone(), false));
+        let gauge = Arc::new(Gauge::new(256, 1 << 20, Ledger::new(clock, watchdog)));
+        (Self { entity: entity.into(), gauge, progress: Arc::default() }, hand)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statistics_are_one_line_whatever_the_name_of_the_entity() {
+        let (observer, _) = Observer::manual("a\nb");
+        assert!(observer.stats().to_string().starts_with("a\\nb: 0 rows"), "{}", observer.stats());
+    }
+}

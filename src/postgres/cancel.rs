@@ -1,0 +1,133 @@
+//! Cancels a query: from opening the socket of the cancel request to the query's last row.
+//!
+//! A cancel request names a backend, not a query. Postgres acts on it after it was sent and before it closes the
+//! socket, so the next query may be sent only after both: every request has been answered, and the query has ended.
+
+use std::io;
+use std::pin::pin;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
+use tokio_postgres::{CancelToken, NoTls};
+use tracing::Instrument;
+
+use super::connect::Peer;
+use super::rows::RawRows;
+use crate::error::{Error, ErrorKind, io_cause};
+use crate::telemetry::QuerySpan;
+
+/// The time after which the query of a dropped stream must have ended. If it has not, the connection is closed.
+pub(super) const CLEANUP_TIMEOUT: Duration = Duration::from_secs(5);
+/// The time after which a cancel request is sent again. Doubles with every request.
+const CANCEL_RETRY: Duration = Duration::from_millis(25);
+
+/// Asks Postgres to cancel until `end`, the end of what runs, has come, in a span of its own below that of the query.
+/// Returns false if the connection must be closed.
+pub(super) async fn cancel(
+    peer: &Peer,
+    token: &CancelToken,
+    query: &QuerySpan,
+    end: impl Future<Output = ()>,
+) -> bool {
+    let span = tracing::info_span!(
+        parent: &query.get(),
+        "cancel",
+        otel.kind = "client",
+        otel.status_code = tracing::field::Empty,
+        db.system.name = "postgresql",
+        server.address = peer.address(),
+    );
+    let requests = send_requests(peer, token, end);
+    let why = match timeout(CLEANUP_TIMEOUT, requests).instrument(span.clone()).await {
+        Ok(Ok(())) => return true,
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("it did not end within {} s", CLEANUP_TIMEOUT.as_secs()),
+    };
+    span.record("otel.status_code", "error");
+    tracing::warn!(parent: &span, "cannot cancel the query of a dropped stream: {why}; its connection is closed");
+    false
+}
+
+/// Sends cancel requests until `end` has come. One is not enough: a backend that has not started the query yet ignores
+/// the signal.
+///
+/// Fails if a request may still be under way: it could cancel the next query.
+async fn send_requests(peer: &Peer, token: &CancelToken, end: impl Future<Output = ()>) -> io::Result<()> {
+    let mut end = pin!(end);
+    let mut retry = CANCEL_RETRY;
+    loop {
+        let socket = tokio::select! {
+            biased;
+            () = &mut end => return Ok(()),
+            socket = CancelSocket::open(peer) => socket,
+        };
+        // If a socket could not be opened, nothing was sent: the next one may do better.
+        if let Ok(socket) = socket {
+            // Always awaited to its end.
+            socket.cancel(token).await?;
+        }
+        if timeout(retry, &mut end).await.is_ok() {
+            return Ok(());
+        }
+        retry *= 2;
+    }
+}
+
+/// An open socket for one cancel request.
+enum CancelSocket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl CancelSocket {
+    /// Connects to the address that the query was sent to. Sends nothing yet.
+    async fn open(peer: &Peer) -> io::Result<Self> {
+        Ok(match peer {
+            Peer::Tcp { addr, .. } => Self::Tcp(TcpStream::connect(addr).await?),
+            Peer::Unix { .. } => Self::Unix(UnixStream::connect(peer.to_string()).await?),
+        })
+    }
+
+    /// Sends the request and returns once Postgres has acted on it: the server closes the socket only after it has
+    /// sent the signal. Returning earlier would risk the next query.
+    async fn cancel(self, token: &CancelToken) -> io::Result<()> {
+        match self {
+            Self::Tcp(socket) => cancel_on(socket, token).await,
+            Self::Unix(socket) => cancel_on(socket, token).await,
+        }
+    }
+}
+
+async fn cancel_on<S>(mut socket: S, token: &CancelToken) -> io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+    match send_cancel(&mut socket, token).await {
+        // The server has closed the socket as well, so nothing is under way any more.
+        Err(error) if matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected) => Ok(()),
+        other => other,
+    }
+}
+
+async fn send_cancel<S>(socket: &mut S, token: &CancelToken) -> io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let kind = |error: &tokio_postgres::Error| io_cause(error).map_or(io::ErrorKind::Other, io::Error::kind);
+    let sent = token.cancel_query_raw(&mut *socket, NoTls).await;
+    sent.map_err(|error| io::Error::new(kind(&error), error))?;
+    let mut rest = [0; 64];
+    while socket.read(&mut rest).await? > 0 {}
+    Ok(())
+}
+
+/// Reads and discards the remaining rows of a query.
+pub(super) async fn drain(mut rows: RawRows) {
+    let mut next = async || std::future::poll_fn(|cx| rows.poll_row(cx, |_| ())).await;
+    // A lost connection yields its error for ever.
+    let is_lost = |error: &Error| error.kind() == ErrorKind::Disconnected;
+    while next().await.is_some_and(|row| !row.as_ref().is_err_and(is_lost)) {}
+}

@@ -1,0 +1,79 @@
+//! The parameters of a query, encoded.
+
+use std::error::Error as StdError;
+use std::fmt;
+
+use bytes::{Bytes, BytesMut};
+use tokio_postgres::types::{Format, IsNull, ToSql, Type, to_sql_checked};
+
+use crate::error::Error;
+
+/// A parameter's value, already in the form that Postgres expects of it.
+pub(crate) struct Value {
+    bytes: Option<Bytes>,
+    format: Format,
+}
+
+impl fmt::Debug for Value {
+    // tokio-postgres logs parameters by this: it must not show the service's data.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.bytes {
+            Some(bytes) => write!(f, "<{} bytes>", bytes.len()),
+            None => f.write_str("NULL"),
+        }
+    }
+}
+
+/// Encodes values for the types that Postgres found in the statement.
+pub(crate) fn encode(values: &[&(dyn ToSql + Sync)], types: &[Type]) -> Result<Vec<Value>, Error> {
+    if values.len() != types.len() {
+        return Err(Error::config(format!(
+            "the query has {} parameters ($1, $2, ...) but {} values were given to where_sql",
+            types.len(),
+            values.len(),
+        )));
+    }
+    let encode = |(index, (value, ty)): (usize, (&&(dyn ToSql + Sync), &Type))| {
+        let mut bytes = BytesMut::new();
+        let is_null = value.to_sql_checked(ty, &mut bytes).map_err(|why| {
+            let number = index + 1;
+            Error::config(format!("parameter ${number} is of type {ty} in the query: {why}; give a value of that type, or cast in where_sql: ${number}::text::{ty}"))
+        })?;
+        let bytes = matches!(is_null, IsNull::No).then(|| bytes.freeze());
+        Ok(Value { bytes, format: value.encode_format(ty) })
+    };
+    values.iter().zip(types).enumerate().map(encode).collect()
+}
+
+impl ToSql for Value {
+    fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn StdError + Sync + Send>> {
+        Ok(match &self.bytes {
+            Some(bytes) => {
+                out.extend_from_slice(bytes);
+                IsNull::No
+            }
+            None => IsNull::Yes,
+        })
+    }
+
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+
+    fn encode_format(&self, _: &Type) -> Format {
+        self.format
+    }
+
+    to_sql_checked!();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_parameter_does_not_show_its_value() {
+        let values = encode(&[&"s3cr3t", &None::<&str>], &[Type::TEXT, Type::TEXT]).unwrap();
+        assert_eq!(format!("{values:?}"), "[<6 bytes>, NULL]");
+    }
+}
