@@ -8,21 +8,39 @@ use tokio_postgres::error::{DbError, Severity, SqlState};
 
 use crate::channel::{OneLine, Stats};
 
-/// A result whose error is [`Error`].
+/// A [`std::result::Result`] whose error is [`Error`] by default.
+///
+/// # Examples
+///
+/// ```
+/// fn ship(order: serde_json::Value) -> fraiseql_stream::Result<()> {
+///     Ok(())
+/// }
+/// ```
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// An error met while connecting, querying or decoding a row.
+/// An error that occurred while connecting, querying or decoding a row.
 ///
-/// Its text is complete, one line, and free of secrets: control characters and line breaks in names, in the
-/// server's messages and in those of serde are escaped as in `\n`. The text of an error that ends a stream also
-/// says how far the stream got and, unless the connection was lost, which side set the pace:
+/// # Text
+///
+/// [`Display`](fmt::Display) writes one line that is complete: what failed, why, and what to do. It includes the text
+/// of the underlying error, so [`source`](std::error::Error::source) returns `None`, and reporters that print the whole
+/// chain do not repeat it. The underlying error is available through [`get_ref`](Self::get_ref) and
+/// [`as_db_error`](Self::as_db_error).
+///
+/// The line contains no secrets. Control characters and line breaks in names, in messages of the server and in those
+/// of serde are escaped, as in `\n`. If the error ended a stream, the line also reports how far the stream got and,
+/// unless the connection was lost, which side set the pace:
 ///
 /// ```text
 /// orders: canceling statement due to statement timeout (57014) after 100,213 rows in 30.0 s; consumer-bound 94 %: Postgres waited for your code, not the other way round
 /// ```
 ///
+/// # Examples
+///
 /// ```
 /// use fraiseql_stream::{Connection, ErrorKind};
+///
 /// # #[tokio::main(flavor = "current_thread")]
 /// # async fn main() {
 /// let error = Connection::connect("postgres://localhost:1/db?connect_timeout=1").await.unwrap_err();
@@ -36,12 +54,12 @@ struct Inner {
     entity: Option<Arc<str>>,
     message: String,
     stats: Option<Stats>,
-    source: Option<Source>,
+    cause: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
-type Source = Box<dyn std::error::Error + Send + Sync>;
-
 /// The part of the work that failed.
+///
+/// # Examples
 ///
 /// ```
 /// use fraiseql_stream::ErrorKind;
@@ -50,10 +68,13 @@ type Source = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// A setting, value or column is not usable. The query was not run.
+    /// A setting is invalid. Nothing was sent to Postgres.
     Config,
     /// No host could be reached, or Postgres refused the connection.
     Connect,
+    /// Postgres accepted the statement, but it cannot be streamed: its column `data` is not json or jsonb, or the
+    /// values do not fit its parameters. It was prepared, but not run.
+    Statement,
     /// Postgres rejected the query or ended it; see [`Error::sqlstate`]. The connection can be used again.
     Query,
     /// The connection is lost: the network failed, or the backend or the whole server is gone. That includes
@@ -91,6 +112,7 @@ impl ErrorKind {
         match self {
             Self::Config => "config",
             Self::Connect => "connect",
+            Self::Statement => "statement",
             Self::Query => "query",
             Self::Disconnected => "disconnected",
             Self::Decode { .. } => "decode",
@@ -108,7 +130,7 @@ impl Error {
 
     /// Returns the SQLSTATE reported by Postgres, such as `57014` for a statement that was cancelled.
     pub fn sqlstate(&self) -> Option<&SqlState> {
-        self.db_error().map(DbError::code)
+        self.as_db_error().map(DbError::code)
     }
 
     /// Returns the final statistics of the stream, if the error ended one.
@@ -121,38 +143,71 @@ impl Error {
         self.sqlstate().map_or_else(|| self.kind().as_str(), SqlState::code)
     }
 
-    fn db_error(&self) -> Option<&DbError> {
+    /// Returns the error that Postgres reported, with its detail, hint, constraint and position.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(mut db: fraiseql_stream::Connection) {
+    /// if let Err(error) = db.query::<serde_json::Value>("orders").stream().await
+    ///     && let Some(db_error) = error.as_db_error()
+    /// {
+    ///     println!("{} at {:?}", db_error.message(), db_error.position());
+    /// }
+    /// # }
+    /// ```
+    pub fn as_db_error(&self) -> Option<&DbError> {
         self.client_error()?.as_db_error()
     }
 
-    /// The error of tokio-postgres below this one.
+    /// Returns the underlying error, if there is one: a [`tokio_postgres::Error`], a [`std::io::Error`], or the
+    /// error of the decoder, such as a [`serde_json::Error`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use fraiseql_stream::Connection;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() {
+    /// let error = Connection::connect("postgres://app@localhost:1/shop").await.unwrap_err();
+    /// assert!(error.get_ref().unwrap().is::<fraiseql_stream::tokio_postgres::Error>());
+    /// # }
+    /// ```
+    pub fn get_ref(&self) -> Option<&(dyn std::error::Error + Send + Sync + 'static)> {
+        self.0.cause.as_deref()
+    }
+
     pub(crate) fn client_error(&self) -> Option<&tokio_postgres::Error> {
-        self.0.source.as_ref()?.downcast_ref()
+        self.get_ref()?.downcast_ref()
     }
 
     fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self(Box::new(Inner { kind, entity: None, message: message.into(), stats: None, source: None }))
+        Self(Box::new(Inner { kind, entity: None, message: message.into(), stats: None, cause: None }))
     }
 
     pub(crate) fn config(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Config, message)
     }
 
+    pub(crate) fn statement(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Statement, message)
+    }
+
     /// A connection to `place` failed.
     pub(crate) fn connect(place: impl fmt::Display, source: tokio_postgres::Error) -> Self {
         let advice = if is_io(&source) { WHERE } else { advice(&source) };
         let message = format!("cannot connect to {place}: {}{advice}", describe(&source));
-        Self::new(ErrorKind::Connect, message).with_source(source)
+        Self::new(ErrorKind::Connect, message).caused_by(source)
     }
 
     pub(crate) fn unreachable(place: impl fmt::Display, source: io::Error) -> Self {
-        Self::new(ErrorKind::Connect, format!("cannot connect to {place}: {source}{WHERE}"))
-            .with_source(source)
+        Self::new(ErrorKind::Connect, format!("cannot connect to {place}: {source}{WHERE}")).caused_by(source)
     }
 
     pub(crate) fn query(source: tokio_postgres::Error) -> Self {
         let kind = if is_disconnect(&source) { ErrorKind::Disconnected } else { ErrorKind::Query };
-        Self::new(kind, describe(&source) + advice(&source)).with_source(source)
+        Self::new(kind, describe(&source) + advice(&source)).caused_by(source)
     }
 
     /// The connection was lost earlier, or closed because a query could not be cancelled.
@@ -174,7 +229,7 @@ impl Error {
     /// Whether the server refused a prepared statement that it would accept if it were prepared again: it was
     /// deallocated, or the type of its result has changed.
     pub(crate) fn is_stale_statement(&self) -> bool {
-        self.db_error().is_some_and(|db| match *db.code() {
+        self.as_db_error().is_some_and(|db| match *db.code() {
             SqlState::INVALID_SQL_STATEMENT_NAME => true,
             // The message is translated, the name of the function is not.
             SqlState::FEATURE_NOT_SUPPORTED => db.routine() == Some("RevalidateCachedQuery"),
@@ -188,7 +243,7 @@ impl Error {
         source: impl std::error::Error + Send + Sync + 'static,
     ) -> Self {
         let hint = if null { " (data is null: stream Option<T> to accept it)" } else { "" };
-        Self::new(ErrorKind::Decode { row }, format!("row {row}: {source}{hint}")).with_source(source)
+        Self::new(ErrorKind::Decode { row }, format!("row {row}: {source}{hint}")).caused_by(source)
     }
 
     pub(crate) fn lost() -> Self {
@@ -211,8 +266,8 @@ impl Error {
         self
     }
 
-    fn with_source(mut self, source: impl Into<Source>) -> Self {
-        self.0.source = Some(source.into());
+    fn caused_by(mut self, cause: impl std::error::Error + Send + Sync + 'static) -> Self {
+        self.0.cause = Some(Box::new(cause));
         self
     }
 }
@@ -256,6 +311,10 @@ fn advice(error: &tokio_postgres::Error) -> &'static str {
         SqlState::UNDEFINED_COLUMN if db.message().contains("\"data\"") => {
             "; rows are read from a column named data: stream a view that has one"
         }
+        SqlState::UNDEFINED_COLUMN => "; to use a key of the document, write data->>'key'",
+        SqlState::INDETERMINATE_DATATYPE => {
+            "; parameters are numbered from $1 without gaps, and each call of where_sql continues the numbering: add a cast such as $1::text if all of them are used"
+        }
         SqlState::INVALID_PASSWORD => "; check user and password in the connection string",
         SqlState::INVALID_AUTHORIZATION_SPECIFICATION if db.message().contains("pg_hba.conf") => {
             "; add a line for this user, database and address to pg_hba.conf (hostssl lines do not apply: this version has no TLS)"
@@ -297,15 +356,12 @@ impl fmt::Display for Error {
 
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Error({:?}, \"{self}\")", self.0.kind)
+        // Without quotes around the line: it has quotes of its own, and is read by people when `main` returns it.
+        write!(f, "{:?}: {self}", self.0.kind)
     }
 }
 
-impl std::error::Error for Error {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.0.source.as_deref().map(|source| source as _)
-    }
-}
+impl std::error::Error for Error {}
 
 #[cfg(test)]
 mod tests {
@@ -353,7 +409,7 @@ mod tests {
         let escaped = r#"a\n\r\t\u{1b}\u{7f}\u{85}\u{2028}\u{2029}\0é'"\"#;
         let error = Error::config(format!("{name}, {}", "plain")).of_entity(&name.into());
         assert_eq!(error.to_string(), format!("{escaped}: {escaped}, plain"));
-        assert_eq!(format!("{error:?}"), format!("Error(Config, \"{error}\")"));
+        assert_eq!(format!("{error:?}"), format!("Config: {error}"));
         let quoted = Error::config(format!("{:?}", "\n\u{1b}\u{2028}"));
         assert_eq!(quoted.to_string(), r#""\n\u{1b}\u{2028}""#);
     }

@@ -63,7 +63,7 @@ mod sync;
 mod telemetry;
 
 pub use channel::{Observer, ProducerTime, Shares, Stats, StreamTime, Verdict};
-pub use connection::{Builder, Connection, Hold, StreamError};
+pub use connection::{Connection, ConnectionBuilder, Hold, IntoConfig, StreamError};
 pub use error::{Error, ErrorKind, Result};
 pub use stream::{FromJson, JsonStream, Query, RawJson};
 pub use telemetry::{Instruments, PollSpans};

@@ -15,6 +15,7 @@ mod stats;
 
 use std::fmt;
 use std::io::{self, ErrorKind, Write as _};
+use std::task::Poll;
 use std::time::Duration;
 
 use clap::Parser as _;
@@ -221,8 +222,8 @@ async fn next(
     rows: &mut JsonStream<RawJson, &mut Connection>,
     output: &mut Sink,
 ) -> Result<Option<RawJson>, Failure> {
-    if let Some(row) = rows.next_ready() {
-        return Ok(Some(row?));
+    if let Poll::Ready(row) = rows.next_ready() {
+        return Ok(row.transpose()?);
     }
     tokio::select! {
         biased;

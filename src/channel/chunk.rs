@@ -1,6 +1,13 @@
 //! A chunk: the rows that travel through the channel together.
 
-use super::Payload;
+/// What a channel carries.
+pub(crate) trait Payload {
+    /// The memory of a payload that was used up.
+    type Memory: Default;
+
+    fn rows(&self) -> usize;
+    fn bytes(&self) -> usize;
+}
 
 /// From here on memory is taken to the byte, not by guess and doubling.
 const LARGE: usize = 64 * 1024;

@@ -11,6 +11,8 @@ mod gauge;
 mod ledger;
 mod limits;
 mod observer;
+#[cfg(feature = "serde")]
+mod serialize;
 mod stats;
 mod verdict;
 mod watchdog;
@@ -19,7 +21,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
 
-pub(crate) use self::chunk::{Chunk, Filling};
+pub(crate) use self::chunk::{Chunk, Filling, Payload};
 pub(crate) use self::clock::{Clock, Nanos};
 pub(crate) use self::format::OneLine;
 pub(crate) use self::gauge::Gauge;
@@ -32,15 +34,6 @@ pub use self::stats::{ProducerTime, Stats, StreamTime};
 pub use self::verdict::{Shares, Verdict};
 pub(crate) use self::watchdog::{Chore, Watchdog};
 use crate::sync::lock;
-
-/// What a channel carries.
-pub(crate) trait Payload {
-    /// The memory of a payload that was used up.
-    type Memory: Default;
-
-    fn rows(&self) -> usize;
-    fn bytes(&self) -> usize;
-}
 
 /// Makes a channel whose consumer runs on the runtime of `watchdog`.
 pub(crate) fn bounded<P: Payload, E>(

@@ -53,28 +53,34 @@ impl fmt::Display for Peer {
     }
 }
 
-/// Reads a URL or a key-value string. What is wrong is told without quoting the string: it holds a password.
+/// Parses a connection string. Errors do not quote the string, which may contain a password.
 pub(crate) fn parse(connection: &str) -> Result<Config, Error> {
     let config: Config =
         connection.parse().map_err(|error| Error::config(parse_error(connection, &error)))?;
-    if config.get_ssl_mode() == SslMode::Require {
-        return Err(Error::config(no_tls("require")));
-    }
     // In a URL, a password with an @ ends at the first one, and its rest would be shown as host or database.
     let is_url = ["postgres://", "postgresql://"].iter().any(|scheme| connection.starts_with(scheme));
     let host = |host: &Host| matches!(host, Host::Tcp(name) if name.contains('@'));
     let database = config.get_dbname().is_some_and(|name| name.contains('@'));
     if is_url && (database || config.get_hosts().iter().any(host)) {
         return Err(Error::config(
-            "the host or the database in the connection string has an @: write an @ in a password as %40",
+            "the host or the database in the connection string contains an @; write an @ in a password as %40",
         ));
+    }
+    check(&config)?;
+    Ok(config)
+}
+
+/// Rejects settings that this crate does not support.
+pub(crate) fn check(config: &Config) -> Result<(), Error> {
+    if config.get_ssl_mode() == SslMode::Require {
+        return Err(Error::config(no_tls("require")));
     }
     if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
         return Err(Error::config(
-            "the connection string names no host: add host=... or use postgres://user@host/database",
+            "no host to connect to; add host=... to the connection string, or use postgres://user@host/database",
         ));
     }
-    Ok(config)
+    Ok(())
 }
 
 fn parse_error(connection: &str, error: &tokio_postgres::Error) -> String {

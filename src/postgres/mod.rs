@@ -9,7 +9,7 @@ mod session;
 mod sql;
 mod statements;
 
-pub(crate) use self::connect::parse;
+pub(crate) use self::connect::{check, parse};
 pub(crate) use self::lease::{Interrupted, Lease};
 pub(crate) use self::params::{Value, encode};
 pub(crate) use self::rows::RawRows;

@@ -27,22 +27,26 @@ impl fmt::Debug for Value {
 /// Encodes values for the types that Postgres found in the statement.
 pub(crate) fn encode(values: &[&(dyn ToSql + Sync)], types: &[Type]) -> Result<Vec<Value>, Error> {
     if values.len() != types.len() {
-        return Err(Error::config(format!(
-            "the query has {} parameters ($1, $2, ...) but {} values were given to where_sql",
-            types.len(),
-            values.len(),
+        return Err(Error::statement(format!(
+            "the query has {}, but where_sql was given {}; give one value for each of $1, $2, ...",
+            counted(types.len(), "parameter"),
+            counted(values.len(), "value"),
         )));
     }
     let encode = |(index, (value, ty)): (usize, (&&(dyn ToSql + Sync), &Type))| {
         let mut bytes = BytesMut::new();
         let is_null = value.to_sql_checked(ty, &mut bytes).map_err(|why| {
             let number = index + 1;
-            Error::config(format!("parameter ${number} is of type {ty} in the query: {why}; give a value of that type, or cast in where_sql: ${number}::text::{ty}"))
+            Error::statement(format!("parameter ${number} is of type {ty} in the query: {why}; give a value of that type, or cast in where_sql: ${number}::text::{ty}"))
         })?;
         let bytes = matches!(is_null, IsNull::No).then(|| bytes.freeze());
         Ok(Value { bytes, format: value.encode_format(ty) })
     };
     values.iter().zip(types).enumerate().map(encode).collect()
+}
+
+fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
 impl ToSql for Value {

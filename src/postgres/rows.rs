@@ -14,15 +14,16 @@ use crate::error::Error;
 pub(crate) fn check_column(statement: &Statement) -> Result<(), Error> {
     match statement.columns() {
         [column] if matches!(*column.type_(), Type::JSON | Type::JSONB) => Ok(()),
-        [column] => Err(Error::config(format!(
+        [column] => Err(Error::statement(format!(
             "column {} is of type {}, not json or jsonb; stream a view that casts it: CREATE VIEW v AS SELECT to_jsonb({}) AS data FROM ...",
             column.name(),
             column.type_(),
             column.name(),
         ))),
-        columns => {
-            Err(Error::config(format!("the query gives {} columns, not one of json or jsonb", columns.len())))
-        }
+        columns => Err(Error::statement(format!(
+            "the query gives {} columns, not one of json or jsonb",
+            columns.len()
+        ))),
     }
 }
 

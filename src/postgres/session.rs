@@ -187,7 +187,7 @@ impl Session {
         let alive = "the server still answers: only this backend is gone";
         let Err(refusal) = answer else { return error.with_note(alive) };
         let state = match (refusal.sqlstate(), is_refused(&refusal)) {
-            (Some(&SqlState::CANNOT_CONNECT_NOW), _) | (None, false) => "goes down or comes up",
+            (Some(&SqlState::CANNOT_CONNECT_NOW), _) | (None, false) => "is shutting down or starting up",
             (Some(_), _) => return error.with_note(alive),
             (None, true) => "is gone",
         };
@@ -216,7 +216,7 @@ fn has_cause(error: &tokio_postgres::Error) -> bool {
 fn is_refused(error: &Error) -> bool {
     let io = match error.client_error() {
         Some(error) => io_cause(error),
-        None => std::error::Error::source(error).and_then(|source| source.downcast_ref()),
+        None => error.get_ref().and_then(|cause| cause.downcast_ref()),
     };
     io.is_some_and(|io| matches!(io.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound))
 }
@@ -225,6 +225,6 @@ fn is_refused(error: &Error) -> bool {
 fn reason(error: &Error) -> String {
     match error.client_error() {
         Some(error) => describe(error),
-        None => std::error::Error::source(error).map_or_else(String::new, ToString::to_string),
+        None => error.get_ref().map_or_else(String::new, ToString::to_string),
     }
 }

@@ -64,20 +64,39 @@ impl<T: FromJson, C> JsonStream<T, C> {
         Self { reader: Reader::new(parts), connection }
     }
 
-    /// The next row, if one is here already; does not wait, and does not count as waiting.
+    /// Returns the next row if it has already arrived. Does not wait, and does not count as waiting.
     ///
-    /// `None` says that nothing is here yet, or that the stream has ended.
+    /// Returns `Poll::Pending` if no row has arrived yet, and `Poll::Ready(None)` after the end of the stream. No task
+    /// is woken when a row arrives: wait for it with `next` of `futures_util::StreamExt`.
+    ///
+    /// # Errors
+    ///
+    /// The errors of the stream, each after all rows that precede it.
+    ///
+    /// # Examples
+    ///
+    /// Flushes a buffer whenever no further row is ready:
     ///
     /// ```no_run
-    /// # async fn example(mut stream: fraiseql_stream::JsonStream<serde_json::Value>) {
-    /// use futures_util::StreamExt;
-    /// while let Some(row) = stream.next().await {
-    ///     // ... write `row` to a buffer, and flush it when nothing more is ready:
-    ///     while let Some(row) = stream.next_ready() { /* ... */ }
+    /// use std::task::Poll;
+    ///
+    /// use futures_util::TryStreamExt;
+    ///
+    /// # async fn example(
+    /// #     mut orders: fraiseql_stream::JsonStream<serde_json::Value>,
+    /// # ) -> fraiseql_stream::Result<()> {
+    /// let mut buffer = Vec::new();
+    /// while let Some(order) = orders.try_next().await? {
+    ///     buffer.push(order);
+    ///     while let Poll::Ready(Some(order)) = orders.next_ready() {
+    ///         buffer.push(order?);
+    ///     }
+    ///     buffer.clear(); // ... write it
     /// }
+    /// # Ok(())
     /// # }
     /// ```
-    pub fn next_ready(&mut self) -> Option<Result<T>> {
+    pub fn next_ready(&mut self) -> Poll<Option<Result<T>>> {
         self.reader.next_ready()
     }
 

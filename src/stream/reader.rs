@@ -78,21 +78,21 @@ impl<T: FromJson> Reader<T> {
         }
     }
 
-    /// The next row, if it has arrived already. A look does not count as waiting.
-    pub(crate) fn next_ready(&mut self) -> Option<Result<T>> {
+    /// Returns the next row if it has arrived. Looking does not count as waiting.
+    pub(crate) fn next_ready(&mut self) -> Poll<Option<Result<T>>> {
         self.resume();
         loop {
             if let Some(row) = self.next_in_hand() {
-                return Some(row);
+                return Poll::Ready(Some(row));
             }
             if self.ended {
-                return None;
+                return Poll::Ready(None);
             }
             self.leave_to_task();
-            let taken = self.receiver.try_take()?;
+            let Some(taken) = self.receiver.try_take() else { return Poll::Pending };
             self.polling();
             if let Some(error) = self.accept(taken) {
-                return Some(Err(error));
+                return Poll::Ready(Some(Err(error)));
             }
         }
     }

@@ -12,6 +12,7 @@ const OF_STREAMS: &[ErrorKind] = &[ErrorKind::Query, ErrorKind::Disconnected, Er
 const OF_REFUSALS: &[ErrorKind] = &[
     ErrorKind::Query,
     ErrorKind::Config,
+    ErrorKind::Statement,
     ErrorKind::Disconnected,
     ErrorKind::TransactionAborted,
     ErrorKind::Lost,

@@ -82,7 +82,7 @@ async fn a_column_of_another_type_is_refused_by_its_name_and_type() {
     ];
     for (entity, ty) in cases {
         let error = refusal!(db, db.query::<Value>(entity));
-        let text = text_of(&error, ErrorKind::Config);
+        let text = text_of(&error, ErrorKind::Statement);
         assert!(text.starts_with(&format!("{entity}: column data is of type ")), "{text}");
         assert!(text.contains(ty) && text.contains("json or jsonb"), "{text}");
         assert!(text.contains("to_jsonb(data)"), "what to change: {text}");
@@ -97,7 +97,7 @@ async fn a_large_view_whose_data_is_an_enum_does_not_hang() {
     );
     let mut db = database.connect().await;
     let error = refusal!(db, db.query::<Value>("moods"));
-    assert!(text_of(&error, ErrorKind::Config).contains("mood"), "{error}");
+    assert!(text_of(&error, ErrorKind::Statement).contains("mood"), "{error}");
 }
 
 #[tokio::test]
@@ -109,7 +109,7 @@ async fn a_domain_over_jsonb_streams_or_is_refused_but_is_never_garbage() {
     let mut db = database.connect().await;
     match within(SOON, db.query::<Doc>("t").stream()).await {
         Ok(stream) => assert_eq!(ids(&rows_of(stream).await), [5]),
-        Err(error) => assert!(text_of(&error, ErrorKind::Config).contains("document"), "{error}"),
+        Err(error) => assert!(text_of(&error, ErrorKind::Statement).contains("document"), "{error}"),
     }
 }
 
@@ -118,11 +118,11 @@ async fn too_few_and_too_many_values_are_told_with_both_numbers() {
     let database = database("");
     let mut db = database.connect().await;
     let error = refusal!(db, db.query::<Value>("good").where_sql("id = $1 AND id < $2", &[&1_i32]));
-    let text = text_of(&error, ErrorKind::Config);
-    assert!(text.contains("2 parameters") && text.contains("1 values"), "{text}");
+    let text = text_of(&error, ErrorKind::Statement);
+    assert!(text.contains("2 parameters") && text.contains("1 value;"), "{text}");
     let error = refusal!(db, db.query::<Value>("good").where_sql("id = 1", &[&1_i32]));
-    let text = text_of(&error, ErrorKind::Config);
-    assert!(text.contains("0 parameters") && text.contains("1 values"), "{text}");
+    let text = text_of(&error, ErrorKind::Statement);
+    assert!(text.contains("0 parameters") && text.contains("1 value;"), "{text}");
 }
 
 #[tokio::test]
@@ -131,7 +131,7 @@ async fn a_value_of_the_wrong_type_is_told_by_number_and_both_types() {
     let mut db = database.connect().await;
     let query = db.query::<Value>("good").where_sql("data->>'pad' = $1 AND id = $2", &[&"x", &"7"]);
     let error = refusal!(db, query);
-    let text = text_of(&error, ErrorKind::Config);
+    let text = text_of(&error, ErrorKind::Statement);
     assert!(text.contains("$2") && text.contains("int4") && text.contains("str"), "{text}");
     assert!(text.contains("$2::text::int4"), "what to change: {text}");
     // And the way out that it names works.

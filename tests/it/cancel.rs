@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use fraiseql_stream::{Builder, Connection, ErrorKind};
+use fraiseql_stream::{Connection, ConnectionBuilder, ErrorKind};
 use futures_util::StreamExt;
 use serde::Deserialize;
 use serde_json::Value;
@@ -309,7 +309,7 @@ impl Dropper {
     }
 }
 
-async fn drop_many(builder: Builder, seed: u64, drops: u32) -> (u32, Vec<String>) {
+async fn drop_many(builder: ConnectionBuilder, seed: u64, drops: u32) -> (u32, Vec<String>) {
     let db = within(SOON, builder.connect()).await.unwrap();
     let mut dropper = Dropper { db, random: Random(seed), in_the_middle: 0 };
     let mut wrong = Vec::new();

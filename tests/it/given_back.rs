@@ -109,5 +109,5 @@ async fn the_error_of_an_owned_stream_converts_where_the_connection_is_not_neede
     assert_eq!(boxed.to_string(), text);
     let shared: Box<dyn StdError + Send + Sync> = read(database.connect().await).await.unwrap_err();
     assert_eq!(shared.to_string(), text);
-    assert_eq!(shared.source().unwrap().to_string(), error.source().unwrap().to_string());
+    assert!(shared.source().is_none() && error.get_ref().is_some(), "the text is complete");
 }

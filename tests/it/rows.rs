@@ -1,5 +1,7 @@
 //! Rows: all of them, in order, as any type, and byte by byte as Postgres sent them.
 
+use std::task::Poll;
+
 use fraiseql_stream::{Connection, ErrorKind, FromJson, JsonStream, RawJson};
 use futures_util::{StreamExt, TryStreamExt};
 use serde::Deserialize;
@@ -253,7 +255,7 @@ async fn next_ready_gives_what_is_there_and_does_not_wait() {
     let mut stream = db.query::<Value>("silent").stream().await.unwrap();
     let before = stream.stats().time;
     for _ in 0..100 {
-        assert!(stream.next_ready().is_none());
+        assert!(stream.next_ready().is_pending());
         tokio::task::yield_now().await;
     }
     let time = stream.stats().time;
@@ -265,13 +267,13 @@ async fn next_ready_gives_what_is_there_and_does_not_wait() {
     let mut rows = vec![stream.next().await.unwrap().unwrap()];
     while rows.len() < 10 {
         match stream.next_ready() {
-            Some(row) => rows.push(row.unwrap()),
-            None => tokio::task::yield_now().await,
+            Poll::Ready(row) => rows.push(row.unwrap().unwrap()),
+            Poll::Pending => tokio::task::yield_now().await,
         }
     }
     assert_unbroken(&rows);
     assert!(within(SOON, stream.next()).await.is_none());
-    assert!(stream.next_ready().is_none());
+    assert!(matches!(stream.next_ready(), Poll::Ready(None)), "it has ended");
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! Calls of a stream in any order give its rows, each once and in order, and leave a clean connection.
 
+use std::task::Poll;
 use std::time::Duration;
 
 use fraiseql_stream::{Connection, Error, ErrorKind, JsonStream, Observer, Stats};
@@ -117,7 +118,7 @@ impl Model {
                 }
             }
             4 => {
-                while let Some(row) = self.stream.next_ready() {
+                while let Poll::Ready(Some(row)) = self.stream.next_ready() {
                     self.gave(Item::of(Some(row)));
                 }
             }

@@ -1,5 +1,6 @@
 //! Spans of poll batches: long ones mean that Postgres is slow, gaps between them that the consumer is.
 
+use std::task::Poll;
 use std::time::Duration;
 
 use backends::{Collector, Span};
@@ -56,7 +57,7 @@ fn by_looking() -> Result {
         let mut rows = db.query::<RawJson>("rows").stream().await?;
         loop {
             // What is here is taken; then there is other work.
-            while rows.next_ready().is_some() {}
+            while let Poll::Ready(Some(_)) = rows.next_ready() {}
             tokio::time::sleep(SLEEP).await;
             if rows.next().await.is_none() {
                 break;

@@ -168,7 +168,7 @@ pub(super) const NEXT_THEN_READY: Way = Way::One("next, then next_ready until dr
         while work.goes_on() {
             fine(rows.next().await);
             let mut held = 1;
-            while let Some(row) = rows.next_ready() {
+            while let Poll::Ready(Some(row)) = rows.next_ready() {
                 fine(Some(row));
                 held += 1;
             }
@@ -358,11 +358,11 @@ pub(super) const NEXT_READY: Way = Way::One("next_ready between other work", |mu
     async move {
         while work.goes_on() {
             match rows.next_ready() {
-                Some(row) => {
-                    fine(Some(row));
+                Poll::Ready(row) => {
+                    fine(row);
                     work.on(1).await;
                 }
-                None => something_else().await,
+                Poll::Pending => something_else().await,
             }
         }
     }
