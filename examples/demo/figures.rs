@@ -86,7 +86,7 @@ impl Paint {
     /// `source-bound    72 %`, 20 wide.
     pub(crate) fn verdict(self, stats: &Stats) -> String {
         let verdict = stats.verdict();
-        let share = percent(stats.shares().of_verdict());
+        let share = percent(stats.shares().dominant());
         let code = match verdict {
             Verdict::ConsumerBound => "33",
             Verdict::SourceBound => "36",

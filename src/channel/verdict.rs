@@ -187,9 +187,9 @@ impl Shares {
     /// let mut shares = Shares::default();
     /// (shares.backlog, shares.source_wait, shares.overlap) = (0.8, 0.1, 0.1);
     /// assert_eq!(shares.verdict(), Verdict::ConsumerBound);
-    /// assert_eq!(shares.of_verdict(), 0.8);
+    /// assert_eq!(shares.dominant(), 0.8);
     /// ```
-    pub fn of_verdict(&self) -> f64 {
+    pub fn dominant(&self) -> f64 {
         match self.verdict() {
             Verdict::ConsumerBound => self.backlog,
             Verdict::SourceBound => self.source_wait,
@@ -214,7 +214,7 @@ impl Shares {
     pub(super) fn summary(&self) -> String {
         let verdict = self.verdict();
         if verdict != Verdict::Mixed {
-            return format!("{verdict} {}", Percent(self.of_verdict()));
+            return format!("{verdict} {}", Percent(self.dominant()));
         }
         let sides = self
             .sides()
