@@ -6,7 +6,7 @@ use std::time::Duration;
 use fraiseql_stream::{Observer, RawJson};
 use futures_util::StreamExt;
 
-use crate::server::{Database, Doc, ENDLESS, SOON, assert_unbroken, eventually, rows_of, table, within};
+use crate::server::{Database, Doc, ENDLESS, SOON, assert_consecutive, eventually, rows_of, table, within};
 
 /// The most that was ever seen in the channel.
 #[derive(Debug, Default)]
@@ -48,7 +48,7 @@ async fn buffered_bytes_never_exceed_max_memory() {
     let seen = watcher.join().unwrap();
     let stats = stream.stats();
     assert_eq!(rows.len(), 600);
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
     assert!(seen.looks > 100, "{seen:?}");
     assert!(seen.bytes <= LIMIT && stats.peak_bytes <= LIMIT, "{seen:?} {stats:?}");
     assert!(seen.bytes <= stats.peak_bytes, "{seen:?} {stats:?}");
@@ -73,7 +73,7 @@ async fn rows_never_exceed_256() {
     }
     let seen = watcher.join().unwrap();
     assert_eq!(rows.len(), 3_000);
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
     assert_eq!(stream.stats().row_limit, 256);
     // Full, and not over it.
     assert_eq!(seen.rows, 256, "{seen:?}");
@@ -119,7 +119,7 @@ async fn a_row_larger_than_the_whole_budget_passes_alone() {
     }
     assert!(within(SOON, stream.next()).await.is_none());
     assert_eq!(rows.len(), 50);
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
     let peak = stream.stats().peak_bytes;
     assert!((300_000..301_000).contains(&peak), "{peak}");
 }
@@ -136,7 +136,7 @@ async fn a_budget_of_one_byte_lets_rows_pass_one_by_one() {
         rows.push(row.unwrap());
     }
     assert_eq!(rows.len(), 300);
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
     assert!(watcher.join().unwrap().rows <= 1);
 }
 
@@ -189,12 +189,12 @@ async fn postgres_is_held_back_and_does_not_run_ahead() {
     );
     let admin = database.admin().await;
     let mut db = database.connect().await;
-    let pid = crate::server::backend_of(&mut db).await;
+    let pid = crate::server::backend_pid(&mut db).await;
     let query = db.query::<Doc>("wide").max_memory(1_000_000);
     let stream = query.stream().await.unwrap();
     // `Client`: it waits for us to read.
     within(SOON, admin.until_waits_for(pid, "Client")).await;
     let rows = rows_of(stream).await;
     assert_eq!(rows.len(), 5_000);
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
 }

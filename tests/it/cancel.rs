@@ -8,8 +8,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::server::{
-    Admin, Database, Doc, ENDLESS, Random, SILENT, SOON, assert_unbroken, backend_of, connect, ids, read_all,
-    rows_of, scalar, table, table_script, trickle, within,
+    Admin, Database, Doc, ENDLESS, Random, SILENT, SOON, assert_consecutive, backend_pid, connect, ids,
+    read_all, rows_of, scalar, table, table_script, trickle, within,
 };
 
 /// What the backend is doing when the stream is dropped.
@@ -82,14 +82,14 @@ async fn assert_stops_at_once(connection: &str, database: &Database, doing: Doin
         locker.client.batch_execute("BEGIN; LOCK TABLE locked").await.unwrap();
     }
     let mut db = connect(connection).await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     let (mut stopped, mut usable) = (Vec::new(), Vec::new());
     for _ in 0..20 {
         let dropped = within(SOON, begin_and_drop(&mut db, doing, (&admin, pid))).await;
         admin.until(pid, |now| now.is_some_and(|now| !now.is_active())).await;
         stopped.push(dropped.elapsed());
         // The same session answers, and rightly.
-        assert_eq!(backend_of(&mut db).await, pid);
+        assert_eq!(backend_pid(&mut db).await, pid);
         usable.push(dropped.elapsed());
         let rows = rows_of(db.query::<Doc>("t").order_by("id").stream().await.unwrap()).await;
         assert_eq!(ids(&rows), (0..10).collect::<Vec<_>>());
@@ -160,7 +160,7 @@ async fn yields(times: u64) -> Instant {
 /// that comes too early is ignored by Postgres, and must not be the last word.
 async fn drop_at_birth(connection: &str, seed: u64) {
     let mut db = connect(connection).await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     let (mut random, mut usable) = (Random(seed), Vec::new());
     for entity in ["silent", "locked", "flood"].into_iter().cycle().take(150) {
         let query = db.query::<Value>(entity);
@@ -173,7 +173,7 @@ async fn drop_at_birth(connection: &str, seed: u64) {
             drop(stream);
             Instant::now()
         };
-        assert_eq!(backend_of(&mut db).await, pid);
+        assert_eq!(backend_pid(&mut db).await, pid);
         usable.push(dropped.elapsed());
     }
     usable.sort();
@@ -205,7 +205,7 @@ async fn an_owned_stream_that_is_dropped_stops_and_ends_its_backend() {
     let admin = database.admin().await;
     for entity in ["endless", "silent"] {
         let mut db = database.connect().await;
-        let pid = backend_of(&mut db).await;
+        let pid = backend_pid(&mut db).await;
         let stream = db.into_query::<Value>(entity).stream().await.unwrap();
         admin.until(pid, |now| now.is_some_and(crate::server::Activity::is_active)).await;
         let dropped = Instant::now();
@@ -220,7 +220,7 @@ async fn close_returns_when_the_backend_has_stopped() {
     let database = database();
     let admin = database.admin().await;
     let mut db = database.connect().await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     for entity in ["endless", "silent"] {
         let stream = db.query::<Value>(entity).stream().await.unwrap();
         admin.until(pid, |now| now.is_some_and(crate::server::Activity::is_active)).await;
@@ -370,7 +370,7 @@ async fn a_cancel_by_someone_else_is_an_error_and_not_a_quiet_end() {
     let database = Database::with(&trickle("slow", 1_000, 0.01));
     let admin = database.admin().await;
     let mut db = database.connect().await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     let mut stream = db.query::<Doc>("slow").stream().await.unwrap();
     let mut rows = Vec::new();
     for _ in 0..3 {
@@ -379,7 +379,7 @@ async fn a_cancel_by_someone_else_is_an_error_and_not_a_quiet_end() {
     admin.run("pg_cancel_backend", pid).await;
     let (mut rest, error) = read_all(&mut stream).await;
     rows.append(&mut rest);
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
     let error = error.expect("somebody cancelled it");
     assert_eq!((error.kind(), error.sqlstate().unwrap().code()), (ErrorKind::Query, "57014"));
     assert_eq!(error.stats().unwrap().rows, rows.len() as u64);
@@ -392,7 +392,7 @@ async fn a_cancel_by_someone_else_before_the_first_row_is_an_error() {
     let database = Database::with(SILENT);
     let admin = database.admin().await;
     let mut db = database.connect().await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     let mut stream = db.query::<Value>("silent").stream().await.unwrap();
     admin.until_waits_for(pid, "Timeout").await;
     admin.run("pg_cancel_backend", pid).await;

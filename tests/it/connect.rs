@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use fraiseql_stream::{Connection, Error, ErrorKind};
 
-use crate::server::{Database, SOON, all_of, backend_of, connect, scalar, shared, within};
+use crate::server::{Database, SOON, all_of, backend_pid, connect, scalar, shared, within};
 
 async fn refusal(connection: &str) -> Error {
     match within(SOON, Connection::connect(connection)).await {
@@ -222,7 +222,7 @@ async fn a_dropped_connection_ends_its_backend() {
     let database = Database::with("");
     let admin = database.admin().await;
     let mut db = database.connect().await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     drop(db);
     admin.until(pid, |now| now.is_none()).await;
 }

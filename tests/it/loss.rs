@@ -9,7 +9,7 @@ use futures_util::StreamExt;
 use serde_json::Value;
 
 use crate::server::{
-    Admin, Database, Doc, ENDLESS, SILENT, SOON, assert_unbroken, backend_of, connect, private, read_all,
+    Admin, Database, Doc, ENDLESS, SILENT, SOON, assert_consecutive, backend_pid, connect, private, read_all,
     table_script, trickle, within,
 };
 
@@ -40,7 +40,7 @@ async fn a_terminated_backend_is_told_apart_from_a_lost_server() {
     let database = Database::with(&trickle("slow", 1_000, 0.01));
     let admin = database.admin().await;
     let mut db = database.connect().await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     let mut stream = db.query::<Doc>("slow").stream().await.unwrap();
     let mut rows = Vec::new();
     for _ in 0..5 {
@@ -49,8 +49,8 @@ async fn a_terminated_backend_is_told_apart_from_a_lost_server() {
     admin.run("pg_terminate_backend", pid).await;
     let (mut rest, error) = read_all(&mut stream).await;
     rows.append(&mut rest);
-    assert_unbroken(&rows);
-    let error = error.expect("never a quiet end");
+    assert_consecutive(&rows);
+    let error = error.expect("the stream must fail");
     assert_disconnected(&error, rows.len(), ONLY_THE_BACKEND);
     assert_eq!(error.sqlstate().unwrap().code(), "57P01");
     assert!(within(SOON, stream.next()).await.is_none());
@@ -65,15 +65,15 @@ async fn a_backend_terminated_while_it_waits_for_us_to_read_is_told() {
     for connection in [database.url.clone(), database.socket()] {
         let admin = database.admin().await;
         let mut db = connect(&connection).await;
-        let pid = backend_of(&mut db).await;
+        let pid = backend_pid(&mut db).await;
         let mut stream = db.query::<Doc>("endless").stream().await.unwrap();
         within(SOON, admin.until_waits_for(pid, "Client")).await;
         admin.run("pg_terminate_backend", pid).await;
         admin.until(pid, |now| now.is_none()).await;
         let (rows, error) = read_all(&mut stream).await;
-        assert_unbroken(&rows);
+        assert_consecutive(&rows);
         assert!(rows.len() >= 256 && rows.len() < 1_000_000, "{}", rows.len());
-        assert_disconnected(&error.expect("never a quiet end"), rows.len(), ONLY_THE_BACKEND);
+        assert_disconnected(&error.expect("the stream must fail"), rows.len(), ONLY_THE_BACKEND);
         drop(stream);
         assert_closed(&mut db).await;
     }
@@ -84,12 +84,12 @@ async fn a_backend_terminated_before_its_first_row_is_told() {
     let database = Database::with(SILENT);
     let admin = database.admin().await;
     let mut db = database.connect().await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     let mut stream = db.query::<Value>("silent").stream().await.unwrap();
     admin.until_waits_for(pid, "Timeout").await;
     admin.run("pg_terminate_backend", pid).await;
     let (rows, error) = read_all(&mut stream).await;
-    let error = error.expect("never a quiet end");
+    let error = error.expect("the stream must fail");
     assert_disconnected(&error, rows.len(), ONLY_THE_BACKEND);
     assert_eq!(error.sqlstate().unwrap().code(), "57P01");
     drop(stream);
@@ -102,7 +102,7 @@ async fn a_backend_terminated_while_the_query_is_prepared_is_told() {
     let (admin, locker) = (database.admin().await, database.admin().await);
     locker.client.batch_execute("BEGIN; LOCK TABLE locked").await.unwrap();
     let mut db = database.connect().await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     let terminate = async {
         admin.until_waits_for(pid, "Lock").await;
         admin.run("pg_terminate_backend", pid).await;
@@ -120,7 +120,7 @@ async fn a_connection_that_was_terminated_while_idle_says_so() {
     let database = Database::with(ENDLESS);
     let admin = database.admin().await;
     let mut db = database.connect().await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     admin.run("pg_terminate_backend", pid).await;
     admin.until(pid, |now| now.is_none()).await;
     assert_closed(&mut db).await;
@@ -131,7 +131,7 @@ async fn a_stream_dropped_after_its_backend_has_gone_harms_nobody() {
     let database = Database::with(ENDLESS);
     let admin = database.admin().await;
     let mut db = database.connect().await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     let stream = db.query::<Doc>("endless").stream().await.unwrap();
     within(SOON, admin.until_waits_for(pid, "Client")).await;
     admin.run("pg_terminate_backend", pid).await;
@@ -157,7 +157,7 @@ impl Doomed {
 
     async fn connect(&self) -> (Connection, i32) {
         let mut db = connect(&self.server.url()).await;
-        let pid = backend_of(&mut db).await;
+        let pid = backend_pid(&mut db).await;
         (db, pid)
     }
 
@@ -179,14 +179,14 @@ impl Doomed {
 
         let (mut rest, error) = read_all(&mut sends).await;
         first.append(&mut rest);
-        assert_unbroken(&first);
-        assert_disconnected(&error.expect("never a quiet end"), first.len(), THE_WHOLE_SERVER);
+        assert_consecutive(&first);
+        assert_disconnected(&error.expect("the stream must fail"), first.len(), THE_WHOLE_SERVER);
         let (rows, error) = read_all(&mut waits).await;
-        assert_unbroken(&rows);
+        assert_consecutive(&rows);
         assert!(rows.len() >= 256 && rows.len() < 1_000_000, "{}", rows.len());
-        assert_disconnected(&error.expect("never a quiet end"), rows.len(), THE_WHOLE_SERVER);
+        assert_disconnected(&error.expect("the stream must fail"), rows.len(), THE_WHOLE_SERVER);
         let (rows, error) = read_all(&mut is_silent).await;
-        assert_disconnected(&error.expect("never a quiet end"), rows.len(), THE_WHOLE_SERVER);
+        assert_disconnected(&error.expect("the stream must fail"), rows.len(), THE_WHOLE_SERVER);
         drop((sends, waits, is_silent));
         for db in [&mut one, &mut two, &mut three] {
             assert_closed(db).await;
@@ -215,7 +215,7 @@ async fn a_lost_server_is_not_put_down_to_a_slow_consumer() {
     let server = Arc::clone(&doomed.server);
     within(SOON, tokio::task::spawn_blocking(move || server.stop().unwrap())).await.unwrap();
     let (_, error) = read_all(&mut stream).await;
-    let error = error.expect("never a quiet end");
+    let error = error.expect("the stream must fail");
     let stats = error.stats().expect("it ended a stream");
     assert_eq!((error.kind(), stats.verdict()), (ErrorKind::Disconnected, Verdict::ConsumerBound));
     let text = error.to_string();
@@ -243,11 +243,11 @@ async fn a_backend_that_is_killed_is_told() {
     assert!(backends::send_signal("KILL", pid));
     let (mut rest, error) = read_all(&mut stream).await;
     rows.append(&mut rest);
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
     // Postgres restarts after that; which of the two is true depends on the moment.
     let says =
         ["the server still answers: only this backend is gone", "the whole server goes down or comes up"];
-    assert_disconnected(&error.expect("never a quiet end"), rows.len(), &says);
+    assert_disconnected(&error.expect("the stream must fail"), rows.len(), &says);
     drop(stream);
     assert_closed(&mut db).await;
     tokio::task::spawn_blocking(move || drop(doomed.server)).await.unwrap();
@@ -262,10 +262,10 @@ async fn the_neighbours_of_a_killed_backend_end_with_an_error_too() {
     assert!(backends::send_signal("KILL", victim));
     let (mut rest, error) = read_all(&mut stream).await;
     rows.append(&mut rest);
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
     let says =
         ["the server still answers", "the whole server goes down or comes up", "the whole server is gone"];
-    assert_disconnected(&error.expect("never a quiet end"), rows.len(), &says);
+    assert_disconnected(&error.expect("the stream must fail"), rows.len(), &says);
     tokio::task::spawn_blocking(move || drop(doomed.server)).await.unwrap();
 }
 

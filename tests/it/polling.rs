@@ -9,7 +9,7 @@ use serde_json::Value;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::server::{
-    Admin, Database, Doc, ENDLESS, SILENT, SOON, assert_unbroken, backend_of, connect, eventually, ids,
+    Admin, Database, Doc, ENDLESS, SILENT, SOON, assert_consecutive, backend_pid, connect, eventually, ids,
     rows_of, table_script, trickle, within,
 };
 
@@ -31,7 +31,7 @@ async fn begin(db: Connection, (entity, rows): (&str, usize)) -> JsonStream<Doc>
 
 /// Fails unless these are all rows, in order.
 fn assert_all(rows: &[Doc], (entity, expected): (&str, usize)) {
-    assert_unbroken(rows);
+    assert_consecutive(rows);
     assert_eq!(rows.len(), expected, "{entity}");
 }
 
@@ -142,7 +142,7 @@ fn a_stream_may_go_from_one_runtime_to_another_between_two_rows() {
 /// Drops streams right behind `stream()`. Each is cancelled, and the connection serves the next query.
 async fn drop_unpolled(connection: &str, admin: &Admin) {
     let mut db = connect(connection).await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     for entity in ["silent", "endless", "t"].into_iter().cycle().take(60) {
         drop(within(SOON, db.query::<Value>(entity).stream()).await.unwrap());
         let dropped = Instant::now();
@@ -151,7 +151,7 @@ async fn drop_unpolled(connection: &str, admin: &Admin) {
         let stream = within(SOON, db.query::<Doc>("t").order_by("id").stream()).await.unwrap();
         assert_eq!(ids(&rows_of(stream).await), (0..10).collect::<Vec<_>>());
     }
-    assert_eq!(backend_of(&mut db).await, pid);
+    assert_eq!(backend_pid(&mut db).await, pid);
 }
 
 #[test]
@@ -169,13 +169,13 @@ fn a_stream_dropped_outside_of_its_runtime_before_its_first_poll_is_cancelled() 
     let database = database();
     let [home, _] = runtimes();
     let (admin, mut db) = home.block_on(async { (database.admin().await, database.connect().await) });
-    let pid = home.block_on(backend_of(&mut db));
+    let pid = home.block_on(backend_pid(&mut db));
     for entity in ["silent", "endless"] {
         let stream = home.block_on(db.query::<Value>(entity).stream()).unwrap();
         let dropped = Instant::now();
         drop(stream);
         home.block_on(admin.until_idle(pid));
         assert!(dropped.elapsed() < Duration::from_secs(1), "{entity}: {:?}", dropped.elapsed());
-        assert_eq!(home.block_on(backend_of(&mut db)), pid);
+        assert_eq!(home.block_on(backend_pid(&mut db)), pid);
     }
 }

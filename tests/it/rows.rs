@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 use crate::server::{
-    Database, Doc, ENDLESS, SILENT, SOON, assert_unbroken, backend_of, ids, read_all, rows_of, scalar, table,
-    table_script, within,
+    Database, Doc, ENDLESS, SILENT, SOON, assert_consecutive, backend_pid, ids, read_all, rows_of, scalar,
+    table, table_script, within,
 };
 
 #[derive(Debug, Deserialize, PartialEq)]
@@ -100,7 +100,7 @@ async fn a_hundred_thousand_rows_come_in_order_none_lost_or_doubled() {
     let (rows, error) = read_all(&mut stream).await;
     assert!(error.is_none(), "{error:?}");
     assert_eq!(rows.len(), 100_000);
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
     let stats = stream.stats();
     assert_eq!((stats.rows, stats.filtered, stats.failed), (100_000, 0, 0));
     assert_eq!(stats.bytes, u64::try_from(sent).unwrap());
@@ -211,7 +211,7 @@ async fn chunks_of_any_size_give_the_same_rows() {
         let query = db.query::<Doc>("t").order_by("id").chunk_size(size);
         let rows = rows_of(query.stream().await.unwrap()).await;
         assert_eq!(rows.len(), 5_000, "chunk_size {size}");
-        assert_unbroken(&rows);
+        assert_consecutive(&rows);
     }
 }
 
@@ -227,7 +227,7 @@ async fn next_chunk_gives_the_rows_by_the_chunk_and_nothing_at_the_end() {
         rows.extend(chunk);
     }
     assert_eq!(rows.len(), 1_000);
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
     assert!((2..=30).contains(&largest), "{largest}");
     assert!(stream.next_chunk().await.unwrap().is_none());
 }
@@ -243,7 +243,7 @@ async fn next_chunk_after_next_takes_the_rest_of_the_chunk() {
         rows.extend(chunk);
     }
     assert_eq!(rows.len(), 100);
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
 }
 
 #[tokio::test]
@@ -269,7 +269,7 @@ async fn next_ready_gives_what_is_there_and_does_not_wait() {
             None => tokio::task::yield_now().await,
         }
     }
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
     assert!(within(SOON, stream.next()).await.is_none());
     assert!(stream.next_ready().is_none());
 }
@@ -290,7 +290,7 @@ async fn a_dropped_wait_loses_no_row() {
         assert!(given_up < 100_000);
     }
     assert_eq!(rows.len(), 100);
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
     assert!(given_up > 0);
 }
 
@@ -354,14 +354,14 @@ async fn a_query_that_is_being_started_moves_into_a_task() {
 async fn close_gives_the_connection_back_clean() {
     let database = Database::with(&format!("{ENDLESS} {SILENT} {}", table_script("t", 3, 0)));
     let mut db = database.connect().await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     for entity in ["endless", "silent", "t"] {
         let mut stream = db.into_query::<Value>(entity).stream().await.unwrap();
         if entity != "silent" {
             stream.next().await.unwrap().unwrap();
         }
         db = within(SOON, stream.close()).await.unwrap();
-        assert_eq!(backend_of(&mut db).await, pid, "still the same session after {entity}");
+        assert_eq!(backend_pid(&mut db).await, pid, "still the same session after {entity}");
     }
     let mut stream = db.query::<Doc>("t").stream().await.unwrap();
     assert_eq!(read_all(&mut stream).await.0.len(), 3);

@@ -9,7 +9,7 @@ use serde_json::Value;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::server::{
-    Admin, Database, Doc, ENDLESS, SILENT, SOON, assert_unbroken, backend_of, connect, read_all, trickle,
+    Admin, Database, Doc, ENDLESS, SILENT, SOON, assert_consecutive, backend_pid, connect, read_all, trickle,
 };
 
 /// The names of threads on which something panicked, and what it said.
@@ -75,7 +75,7 @@ async fn streaming(url: &str) -> JsonStream<Doc> {
 async fn silent(url: &str) -> JsonStream<Value> {
     let admin = Admin::connect(url).await;
     let mut db = connect(url).await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     let stream = db.into_query::<Value>("silent").stream().await.unwrap();
     admin.until_waits_for(pid, "Timeout").await;
     stream
@@ -149,12 +149,12 @@ fn a_runtime_may_be_shut_down_in_the_background() {
 fn assert_lost(mut stream: JsonStream<Doc>) {
     let mut rows: Vec<Doc> = (0..10).map(|id| Doc { id }).collect();
     let error = loop {
-        match futures::executor::block_on(stream.next()).expect("never a quiet end") {
+        match futures::executor::block_on(stream.next()).expect("the stream must fail") {
             Ok(row) => rows.push(row),
             Err(error) => break error,
         }
     };
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
     assert!(rows.len() < 1_000_000);
     assert!(matches!(error.kind(), ErrorKind::Lost | ErrorKind::Disconnected), "{error:?}");
     assert!(error.to_string().starts_with("endless: "), "{error}");
@@ -192,7 +192,7 @@ fn a_stream_polled_elsewhere_while_its_runtime_goes_ends_with_an_error() {
             assert!(start.elapsed() < SOON);
         }
         drop(home);
-        let error = reader.join().unwrap().expect("never a quiet end").unwrap_err();
+        let error = reader.join().unwrap().expect("the stream must fail").unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::Lost | ErrorKind::Disconnected), "{error:?}");
     });
 }
@@ -210,7 +210,7 @@ fn a_stream_may_be_polled_without_a_runtime() {
             rows.push(row.unwrap());
         }
         assert_eq!(rows.len(), if entity == "slow" { 50 } else { 20_000 });
-        assert_unbroken(&rows);
+        assert_consecutive(&rows);
     }
 }
 
@@ -219,7 +219,7 @@ fn a_stream_may_be_dropped_without_a_runtime_and_is_cancelled_all_the_same() {
     let database = database();
     let home = multi_thread("home");
     let (admin, mut db) = home.block_on(async { (database.admin().await, database.connect().await) });
-    let pid = home.block_on(backend_of(&mut db));
+    let pid = home.block_on(backend_pid(&mut db));
     let stream = home.block_on(db.query::<Value>("silent").stream()).unwrap();
     home.block_on(admin.until_waits_for(pid, "Timeout"));
     let dropped = Instant::now();
@@ -239,7 +239,7 @@ fn a_connection_whose_runtime_has_gone_is_closed() {
     let error = elsewhere.block_on(db.query::<Doc>("endless").stream()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Disconnected);
     let mut again: Connection = elsewhere.block_on(database.connect());
-    assert!(elsewhere.block_on(backend_of(&mut again)) > 0);
+    assert!(elsewhere.block_on(backend_pid(&mut again)) > 0);
 }
 
 #[test]
@@ -248,7 +248,7 @@ fn a_connection_whose_query_was_lost_with_a_runtime_is_closed_and_does_not_hang(
     without_panic_or_hang("query-lost", move || {
         let (home, brief) = (multi_thread("query-lost"), current_thread(""));
         let (admin, mut db) = home.block_on(async { (database.admin().await, database.connect().await) });
-        let pid = home.block_on(backend_of(&mut db));
+        let pid = home.block_on(backend_pid(&mut db));
         let stream = brief.block_on(async {
             let stream = db.query::<Value>("silent").stream().await.unwrap();
             admin.until_waits_for(pid, "Timeout").await;

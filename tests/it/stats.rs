@@ -7,8 +7,8 @@ use futures_util::StreamExt;
 use serde_json::Value;
 
 use crate::server::{
-    Database, Doc, ENDLESS, SILENT, SOON, assert_unbroken, backend_of, eventually, read_all, rows_of, scalar,
-    table, table_script, trickle, within,
+    Database, Doc, ENDLESS, SILENT, SOON, assert_consecutive, backend_pid, eventually, read_all, rows_of,
+    scalar, table, table_script, trickle, within,
 };
 
 fn parts(stats: &Stats) -> Duration {
@@ -135,7 +135,7 @@ async fn time_in_pause_is_paused_and_counts_for_no_verdict() {
     let stats = stream.stats();
     assert!(stats.time.paused >= first + Duration::from_millis(50), "{stats:?}");
     assert_eq!(rows.len(), 1_000);
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
     life.assert_adds_up("paused", &stream.observer(), Duration::from_millis(220));
     assert_eq!(stream.stats().time.paused, stats.time.paused, "an ended life stands still");
 }
@@ -230,7 +230,7 @@ async fn a_query_that_has_sent_nothing_has_statistics_and_can_be_cancelled() {
     let database = Database::with(&format!("{SILENT} {}", table_script("t", 5, 0)));
     let admin = database.admin().await;
     let mut db = database.connect().await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     let mut stream = within(Duration::from_secs(2), db.query::<Value>("silent").stream()).await.unwrap();
     assert!(tokio::time::timeout(Duration::from_millis(100), stream.next()).await.is_err());
     let stats = stream.stats();
@@ -254,7 +254,7 @@ async fn rows_before_an_error_of_postgres_arrive_first() {
     let mut stream = db.query::<Doc>("breaks").stream().await.unwrap();
     let (rows, error) = read_all(&mut stream).await;
     assert_eq!(rows.len(), 1_000);
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
     let error = error.expect("a division by zero");
     assert_eq!(error.kind(), ErrorKind::Query);
     assert_eq!(error.sqlstate().unwrap().code(), "22012");

@@ -9,7 +9,7 @@ use fraiseql_stream::Connection;
 use futures_util::StreamExt;
 use serde_json::Value;
 
-use crate::server::{Doc, Random, SOON, backend_of, scalar, within};
+use crate::server::{Doc, Random, SOON, backend_pid, scalar, within};
 use session::{Session, USES, Use, WAYS, Way, assert_aborted, database};
 
 async fn assert_reported_once(way: Way) {
@@ -201,14 +201,14 @@ async fn a_drained_stream_keeps_its_transaction_and_returns_the_connection() {
         let mut stream = session.db.query::<Doc>(entity).limit(limit).stream().await.unwrap();
         within(SOON, stream.next()).await.unwrap().unwrap();
         let db: &mut Connection = within(SOON, stream.drain()).await.unwrap();
-        assert_eq!(backend_of(db).await, session.pid);
+        assert_eq!(backend_pid(db).await, session.pid);
         session.assert_commits(&["kept"]).await;
 
         session.run("BEGIN; INSERT INTO log VALUES ('kept')").await;
         let mut stream = session.db.into_query::<Doc>(entity).limit(limit).stream().await.unwrap();
         within(SOON, stream.next()).await.unwrap().unwrap();
         session.db = within(SOON, stream.drain()).await.unwrap();
-        assert_eq!(backend_of(&mut session.db).await, session.pid);
+        assert_eq!(backend_pid(&mut session.db).await, session.pid);
         session.assert_commits(&["kept"]).await;
     }
 }

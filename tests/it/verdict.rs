@@ -163,7 +163,7 @@ async fn a_consumer_that_sleeps_under_a_statement_timeout_is_told_that_it_was_th
     let start = Instant::now();
     let mut rows = 0;
     let error = loop {
-        match within(SOON, stream.next()).await.expect("never a quiet end") {
+        match within(SOON, stream.next()).await.expect("the stream must fail") {
             Ok(_) => rows += 1,
             Err(error) => break error,
         }

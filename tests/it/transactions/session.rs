@@ -7,7 +7,7 @@ use futures_util::{StreamExt, TryStreamExt};
 use serde_json::Value;
 
 use crate::server::{
-    Admin, Database, Doc, ENDLESS, SILENT, SOON, backend_of, ids, rows_of, table_script, within,
+    Admin, Database, Doc, ENDLESS, SILENT, SOON, backend_pid, ids, rows_of, table_script, within,
 };
 
 /// How a stream is left before its end.
@@ -69,7 +69,7 @@ impl Session {
         let (admin, locker) = (database.admin().await, database.admin().await);
         locker.client.batch_execute("BEGIN; LOCK TABLE locked").await.unwrap();
         let mut db = database.connect().await;
-        let pid = backend_of(&mut db).await;
+        let pid = backend_pid(&mut db).await;
         Self { db, pid, admin, _locker: locker }
     }
 

@@ -6,7 +6,7 @@ use fraiseql_stream::{Connection, Error, ErrorKind, Query, StreamError};
 use serde_json::Value;
 
 use crate::server::{
-    Database, Doc, SOON, backend_of, eventually, ids, rows_of, scalar, table, table_script, within,
+    Database, Doc, SOON, backend_pid, eventually, ids, rows_of, scalar, table, table_script, within,
 };
 
 type Owned = Query<'static, Doc, Connection>;
@@ -40,7 +40,7 @@ async fn refused(db: Connection, entity: &str, change: Change) -> StreamError {
 async fn a_stream_that_cannot_begin_gives_the_connection_back() {
     let database = database();
     let mut db = database.connect().await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     for (entity, change, kind) in REFUSED {
         let error = refused(db, entity, change).await;
         assert_eq!(error.error().kind(), kind, "{error}");
@@ -48,7 +48,7 @@ async fn a_stream_that_cannot_begin_gives_the_connection_back() {
         assert_eq!(error.kind(), kind, "{error}");
         db = connection;
         assert!(!db.is_closed(), "{entity}");
-        assert_eq!(backend_of(&mut db).await, pid);
+        assert_eq!(backend_pid(&mut db).await, pid);
         let rows = rows_of(db.query::<Doc>("t").order_by("id").stream().await.unwrap()).await;
         assert_eq!(ids(&rows), (0..10).collect::<Vec<_>>());
     }
@@ -74,7 +74,7 @@ async fn a_connection_given_back_in_a_transaction_can_roll_it_back() {
 async fn a_connection_given_back_because_it_is_lost_is_closed() {
     let database = database();
     let mut db = database.connect().await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     database.admin().await.run("pg_terminate_backend", pid).await;
     eventually("the connection is lost", || db.is_closed()).await;
     let (error, db) = refused(db, "t", |query| query).await.into_parts();
