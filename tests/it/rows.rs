@@ -78,7 +78,7 @@ async fn raw_json_holds_the_bytes_that_postgres_sent() {
 }
 
 #[tokio::test]
-async fn raw_json_is_a_str_unless_it_is_not_utf_8() {
+async fn raw_json_is_a_str_only_if_it_is_utf_8() {
     let database = documents();
     let mut db = database.connect().await;
     let rows: Vec<RawJson> = rows_of(db.query("as_json").stream().await.unwrap()).await;
@@ -157,7 +157,7 @@ async fn values_are_never_interpreted_as_sql() {
 }
 
 #[tokio::test]
-async fn comment_at_the_end_of_a_clause_hides_none_of_the_query() {
+async fn trailing_comment_in_a_clause_does_not_hide_the_rest_of_the_query() {
     let database = table(100, 0);
     let mut db = database.connect().await;
     let query = db
