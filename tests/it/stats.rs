@@ -168,7 +168,7 @@ async fn producer_times_add_up_while_it_waits_for_room_and_stop_at_its_end() {
     let (mut stream, lifetime) = start!(database, "t", Doc);
     let observer = stream.observer();
     eventually("it waits for room", || observer.stats().producer_time.room > Duration::from_millis(30)).await;
-    lifetime.assert_adds_up("nobody polls", &observer, Duration::from_millis(30));
+    lifetime.assert_adds_up("not polled", &observer, Duration::from_millis(30));
     let stats = observer.stats();
     assert_close("producer", producer_parts(&stats), stats.elapsed);
     while within(SOON, stream.next()).await.unwrap().unwrap().id < 590 {}

@@ -138,8 +138,8 @@ impl Session {
     pub(super) async fn assert_aborted_and_reported(&mut self) {
         for _ in 0..2 {
             let client = within(SOON, self.db.client()).await.unwrap();
-            let refused = within(SOON, client.batch_execute("SELECT 1")).await.unwrap_err();
-            assert_eq!(refused.code().unwrap().code(), "25P02");
+            let error = within(SOON, client.batch_execute("SELECT 1")).await.unwrap_err();
+            assert_eq!(error.code().unwrap().code(), "25P02");
         }
         self.run("ROLLBACK").await;
         let rows = rows_of(self.db.query::<Doc>("t").order_by("id").stream().await.unwrap()).await;
