@@ -1,4 +1,4 @@
-//! Bad input: an error that says what to change, and a connection that can be used again.
+//! Bad input: the error says what to change, and the connection stays usable.
 
 use fraiseql_stream::{Connection, Error, ErrorKind};
 use futures_util::StreamExt;
@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::server::{Database, Doc, SOON, all_of, ids, rows_of, table, table_script, within};
 
-/// Asks for a stream that must not begin; afterwards the connection must be good for the next one.
+/// Returns the error of a stream that must not start, and fails unless the connection runs the next one.
 macro_rules! refusal {
     ($db:expr, $query:expr) => {{
         let error = within(SOON, $query.stream()).await.map(drop).unwrap_err();
@@ -17,12 +17,12 @@ macro_rules! refusal {
     }};
 }
 
-/// A database with a table `good` of one row, and what the script makes.
+/// Creates a database with a table `good` of one row, and runs `script` in it.
 fn database(script: &str) -> Database {
     Database::with(&format!("{} {script}", table_script("good", 1, 0)))
 }
 
-/// Fails unless the error is one line that leaves a terminal alone; returns the line.
+/// Returns the error's text, and fails unless it is one line without control characters.
 fn line_of(error: &Error) -> String {
     let breaks = |c: char| c.is_control() || matches!(c, '\u{2028}' | '\u{2029}');
     for shown in [error.to_string(), format!("{error:?}"), format!("{error:#?}")] {
@@ -37,7 +37,7 @@ fn text_of(error: &Error, kind: ErrorKind) -> String {
 }
 
 #[tokio::test]
-async fn an_unknown_relation_is_an_error_of_the_query() {
+async fn unknown_relation_is_a_query_error() {
     let database = database("");
     let mut db = database.connect().await;
     let error = refusal!(db, db.query::<Value>("ordesr"));
@@ -50,7 +50,7 @@ async fn an_unknown_relation_is_an_error_of_the_query() {
 }
 
 #[tokio::test]
-async fn a_relation_without_a_column_data_is_told() {
+async fn relation_without_a_data_column_is_reported() {
     let database = database("CREATE TABLE t (doc jsonb)");
     let mut db = database.connect().await;
     let error = refusal!(db, db.query::<Value>("t"));
@@ -61,7 +61,7 @@ async fn a_relation_without_a_column_data_is_told() {
 }
 
 #[tokio::test]
-async fn a_column_of_another_type_is_refused_by_its_name_and_type() {
+async fn column_of_another_type_is_rejected_with_its_name_and_type() {
     let database = database(
         "CREATE TYPE mood AS ENUM ('sad', 'ok'); CREATE DOMAIN positive AS int CHECK (VALUE > 0);
          CREATE TABLE texts AS SELECT '{}'::text AS data;
@@ -90,7 +90,7 @@ async fn a_column_of_another_type_is_refused_by_its_name_and_type() {
 }
 
 #[tokio::test]
-async fn a_large_view_whose_data_is_an_enum_does_not_hang() {
+async fn large_view_whose_data_is_an_enum_does_not_hang() {
     let database = database(
         "CREATE TYPE mood AS ENUM ('sad', 'ok');
          CREATE VIEW moods AS SELECT 'ok'::mood AS data FROM generate_series(1, 200000);",
@@ -101,7 +101,7 @@ async fn a_large_view_whose_data_is_an_enum_does_not_hang() {
 }
 
 #[tokio::test]
-async fn a_domain_over_jsonb_streams_or_is_refused_but_is_never_garbage() {
+async fn domain_over_jsonb_streams_correctly_or_is_rejected() {
     let database = database(
         "CREATE DOMAIN document AS jsonb CHECK (VALUE ? 'id');
          CREATE TABLE t AS SELECT '{\"id\": 5}'::document AS data;",
@@ -114,7 +114,7 @@ async fn a_domain_over_jsonb_streams_or_is_refused_but_is_never_garbage() {
 }
 
 #[tokio::test]
-async fn too_few_and_too_many_values_are_told_with_both_numbers() {
+async fn too_few_and_too_many_values_are_reported_with_both_counts() {
     let database = database("");
     let mut db = database.connect().await;
     let error = refusal!(db, db.query::<Value>("good").where_sql("id = $1 AND id < $2", &[&1_i32]));
@@ -126,7 +126,7 @@ async fn too_few_and_too_many_values_are_told_with_both_numbers() {
 }
 
 #[tokio::test]
-async fn a_value_of_the_wrong_type_is_told_by_number_and_both_types() {
+async fn value_of_the_wrong_type_is_reported_with_its_number_and_both_types() {
     let database = database("");
     let mut db = database.connect().await;
     let query = db.query::<Value>("good").where_sql("data->>'pad' = $1 AND id = $2", &[&"x", &"7"]);
@@ -134,17 +134,17 @@ async fn a_value_of_the_wrong_type_is_told_by_number_and_both_types() {
     let text = text_of(&error, ErrorKind::Statement);
     assert!(text.contains("$2") && text.contains("int4") && text.contains("str"), "{text}");
     assert!(text.contains("$2::text::int4"), "what to change: {text}");
-    // And the way out that it names works.
+    // The suggested cast works.
     let query = db.query::<Doc>("good").where_sql("id = $1::text::int4", &[&"0"]);
     assert_eq!(ids(&rows_of(query.stream().await.unwrap()).await), [0]);
 }
 
 #[tokio::test]
-async fn a_value_that_postgres_cannot_read_is_an_error_with_its_sqlstate() {
+async fn value_that_postgres_cannot_parse_is_an_error_with_its_sqlstate() {
     let database = database("");
     let mut db = database.connect().await;
     let query = db.query::<Doc>("good").where_sql("id = $1::text::int4", &[&"seven"]);
-    // The types fit, so Postgres sees the value only when it runs: the stream's first item says so.
+    // The types match, so Postgres parses the value only when the query runs: the error is the stream's first item.
     let mut stream = query.stream().await.unwrap();
     let error = within(SOON, stream.next()).await.unwrap().unwrap_err();
     assert_eq!(error.sqlstate().unwrap().code(), "22P02");
@@ -153,7 +153,7 @@ async fn a_value_that_postgres_cannot_read_is_an_error_with_its_sqlstate() {
 }
 
 #[tokio::test]
-async fn wrong_sql_in_a_condition_is_an_error_of_the_query() {
+async fn invalid_sql_in_a_clause_is_a_query_error() {
     let database = database("");
     let mut db = database.connect().await;
     let error = refusal!(db, db.query::<Value>("good").where_sql("id = = 1", &[]));
@@ -165,7 +165,7 @@ async fn wrong_sql_in_a_condition_is_an_error_of_the_query() {
 }
 
 #[tokio::test]
-async fn a_name_with_line_breaks_is_escaped_once() {
+async fn entity_name_with_line_breaks_is_escaped_once() {
     let database = database("CREATE TABLE \"two\nlines\" (doc jsonb)");
     let mut db = database.connect().await;
     let text = line_of(&refusal!(db, db.query::<Value>("two\nlines")));
@@ -178,7 +178,7 @@ async fn a_name_with_line_breaks_is_escaped_once() {
 }
 
 #[tokio::test]
-async fn a_message_of_the_server_with_line_breaks_is_escaped() {
+async fn server_message_with_line_breaks_is_escaped() {
     let database = database(
         r"CREATE FUNCTION fail() RETURNS jsonb LANGUAGE plpgsql AS $$ BEGIN
               RAISE EXCEPTION E'one\ntwo \x1b[31m' USING DETAIL = E'three\r\nfour', HINT = E'five\tsix \u2028';
@@ -191,7 +191,7 @@ async fn a_message_of_the_server_with_line_breaks_is_escaped() {
     assert!(text.starts_with(expected), "{text}");
 }
 
-/// A type that refuses every document, in two lines.
+/// A type that rejects every document with a message of two lines.
 #[derive(Debug)]
 struct Never;
 
@@ -202,7 +202,7 @@ impl<'de> Deserialize<'de> for Never {
 }
 
 #[tokio::test]
-async fn a_message_of_a_type_with_line_breaks_is_escaped() {
+async fn deserialize_message_with_line_breaks_is_escaped() {
     let database = database("");
     let mut db = database.connect().await;
     let mut stream = db.query::<Never>("good").stream().await.unwrap();
@@ -213,12 +213,12 @@ async fn a_message_of_a_type_with_line_breaks_is_escaped() {
 #[derive(Debug, Deserialize)]
 struct Strict {
     id: u8,
-    #[expect(dead_code, reason = "only to be required")]
+    #[expect(dead_code, reason = "only needs to be required")]
     name: String,
 }
 
 #[tokio::test]
-async fn json_that_is_not_a_t_names_the_row_and_what_was_expected() {
+async fn decode_error_contains_the_row_number_and_what_was_expected() {
     let database = database(
         r#"CREATE TABLE t (data json);
            INSERT INTO t VALUES ('{"id": 1, "name": "a"}'), ('{"id": 2}'), ('{"id": 300, "name": "b"}'),
@@ -252,7 +252,7 @@ async fn json_that_is_not_a_t_names_the_row_and_what_was_expected() {
 }
 
 #[tokio::test]
-async fn a_chunk_of_no_rows_and_a_budget_of_no_bytes_are_refused() {
+async fn chunk_size_and_max_memory_of_zero_are_rejected() {
     let database = database("");
     let mut db = database.connect().await;
     let error = refusal!(db, db.query::<Value>("good").chunk_size(0));
@@ -262,7 +262,7 @@ async fn a_chunk_of_no_rows_and_a_budget_of_no_bytes_are_refused() {
 }
 
 #[tokio::test]
-async fn what_is_no_name_is_refused_with_how_to_write_it() {
+async fn invalid_entity_names_are_rejected() {
     let database = database("");
     let mut db = database.connect().await;
     for entity in ["", ".", "a..b", "\"a", "a\0b"] {
@@ -273,7 +273,7 @@ async fn what_is_no_name_is_refused_with_how_to_write_it() {
 }
 
 #[tokio::test]
-async fn a_limit_beyond_what_postgres_counts_is_an_error_and_not_a_short_stream() {
+async fn limit_above_bigint_is_an_error() {
     let database = table(3, 0);
     let mut db = database.connect().await;
     let mut stream = db.query::<Doc>("t").limit(u64::MAX).stream().await.unwrap();
@@ -282,7 +282,7 @@ async fn a_limit_beyond_what_postgres_counts_is_an_error_and_not_a_short_stream(
 }
 
 #[tokio::test]
-async fn a_connection_string_that_makes_no_sense_is_refused_without_showing_it() {
+async fn invalid_connection_string_is_rejected_without_showing_it() {
     for connection in [
         "",
         "garbage s3cr3t",
@@ -304,7 +304,7 @@ async fn a_connection_string_that_makes_no_sense_is_refused_without_showing_it()
 }
 
 #[tokio::test]
-async fn a_nul_byte_in_a_condition_is_refused_and_no_lost_connection() {
+async fn nul_byte_in_a_condition_is_rejected_and_the_connection_is_kept() {
     let database = database("");
     let mut db = database.connect().await;
     let error = refusal!(db, db.query::<Doc>("good").where_sql("data->>'id' = 'a\0b'", &[]));

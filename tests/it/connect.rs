@@ -1,32 +1,32 @@
-//! Connecting: by every form of address, and with an error that says what to change when it fails.
+//! Connecting: every form of address works, and an error says what to change.
 
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use fraiseql_stream::{Connection, Error, ErrorKind};
 
-use crate::server::{Database, SOON, all_of, backend_of, connect, scalar, shared, within};
+use crate::server::{Database, SOON, all_of, backend_pid, connect, scalar, shared, within};
 
 async fn refusal(connection: &str) -> Error {
     match within(SOON, Connection::connect(connection)).await {
-        Ok(connected) => panic!("this should have been refused: {connected:?}"),
+        Ok(connected) => panic!("connecting must fail: {connected:?}"),
         Err(error) => error,
     }
 }
 
-/// Connects and asks the server where it is.
-async fn database_of(connection: &str) -> String {
+/// Connects and returns the name of the current database.
+async fn current_database(connection: &str) -> String {
     scalar(&mut connect(connection).await, "SELECT current_database()::text").await
 }
 
 #[tokio::test]
-async fn a_url_connects() {
+async fn url_connects() {
     let database = Database::with("");
-    assert_eq!(database_of(&database.url).await, database.name);
+    assert_eq!(current_database(&database.url).await, database.name);
 }
 
 #[tokio::test]
-async fn a_key_value_string_connects() {
+async fn key_value_string_connects() {
     let database = Database::with("");
     let connection = format!(
         "host=127.0.0.1 port={} user=postgres password='{}' dbname={}",
@@ -34,11 +34,11 @@ async fn a_key_value_string_connects() {
         shared().password(),
         database.name
     );
-    assert_eq!(database_of(&connection).await, database.name);
+    assert_eq!(current_database(&connection).await, database.name);
 }
 
 #[tokio::test]
-async fn a_unix_socket_connects() {
+async fn unix_socket_connects() {
     let database = Database::with("");
     let mut db = connect(&database.socket()).await;
     let is_socket: bool = scalar(&mut db, "SELECT inet_server_addr() IS NULL").await;
@@ -46,25 +46,25 @@ async fn a_unix_socket_connects() {
 }
 
 #[tokio::test]
-async fn a_unix_socket_connects_by_a_url_as_well() {
+async fn url_of_a_unix_socket_connects() {
     let database = Database::with("");
     let dir = shared().socket_dir().to_str().unwrap().replace('/', "%2F");
     let url =
         format!("postgres://postgres:{}@{dir}:{}/{}", shared().password(), shared().port(), database.name);
-    assert_eq!(database_of(&url).await, database.name);
+    assert_eq!(current_database(&url).await, database.name);
 }
 
 #[tokio::test]
-async fn of_several_hosts_the_first_that_lives_is_taken() {
+async fn first_reachable_host_is_used() {
     let database = Database::with("");
     let (port, password) = (shared().port(), shared().password());
     let by_keys = format!(
         "host=127.0.0.1,127.0.0.1 port=1,{port} user=postgres password={password} dbname={}",
         database.name
     );
-    assert_eq!(database_of(&by_keys).await, database.name);
+    assert_eq!(current_database(&by_keys).await, database.name);
     let by_url = format!("postgres://postgres:{password}@127.0.0.1:1,127.0.0.1:{port}/{}", database.name);
-    assert_eq!(database_of(&by_url).await, database.name);
+    assert_eq!(current_database(&by_url).await, database.name);
 }
 
 #[tokio::test]
@@ -78,15 +78,15 @@ async fn settings_in_the_connection_string_reach_the_session() {
 }
 
 #[tokio::test]
-async fn modes_that_allow_plaintext_connect() {
+async fn sslmodes_that_allow_plaintext_connect() {
     let database = Database::with("");
     for mode in ["disable", "prefer"] {
-        assert_eq!(database_of(&format!("{}?sslmode={mode}", database.url)).await, database.name);
+        assert_eq!(current_database(&format!("{}?sslmode={mode}", database.url)).await, database.name);
     }
 }
 
 #[tokio::test]
-async fn a_mode_that_asks_for_tls_is_refused_before_anything_is_sent() {
+async fn sslmode_that_requires_tls_is_rejected_before_anything_is_sent() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -103,11 +103,11 @@ async fn a_mode_that_asks_for_tls_is_refused_before_anything_is_sent() {
         }
     }
     let visit = listener.accept();
-    assert_eq!(visit.unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "somebody connected");
+    assert_eq!(visit.unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "nothing may connect");
 }
 
 #[tokio::test]
-async fn an_unreachable_host_is_told_with_its_address_and_cause() {
+async fn unreachable_host_is_reported_with_its_address_and_cause() {
     let error = refusal("postgres://me:s3cr3t@127.0.0.1:1/shop").await;
     assert_eq!(error.kind(), ErrorKind::Connect);
     let text = error.to_string();
@@ -118,7 +118,7 @@ async fn an_unreachable_host_is_told_with_its_address_and_cause() {
 }
 
 #[tokio::test]
-async fn a_name_that_does_not_resolve_is_told() {
+async fn host_name_that_does_not_resolve_is_reported() {
     let error = refusal("postgres://me:s3cr3t@no-such-host.invalid/shop").await;
     assert_eq!(error.kind(), ErrorKind::Connect);
     assert!(error.to_string().contains("no-such-host.invalid"), "{error}");
@@ -126,7 +126,7 @@ async fn a_name_that_does_not_resolve_is_told() {
 }
 
 #[tokio::test]
-async fn a_missing_unix_socket_is_told_with_its_path() {
+async fn missing_unix_socket_is_reported_with_its_path() {
     let error = refusal("host=/no/such/dir user=me password=s3cr3t").await;
     assert_eq!(error.kind(), ErrorKind::Connect);
     let text = error.to_string();
@@ -136,8 +136,8 @@ async fn a_missing_unix_socket_is_told_with_its_path() {
 }
 
 #[tokio::test]
-async fn a_host_that_never_answers_is_given_up_after_connect_timeout() {
-    // The kernel completes the handshake; nobody ever reads.
+async fn connecting_to_an_unresponsive_host_fails_after_connect_timeout() {
+    // The kernel completes the handshake, but nothing ever reads.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let start = Instant::now();
@@ -151,7 +151,7 @@ async fn a_host_that_never_answers_is_given_up_after_connect_timeout() {
 }
 
 #[tokio::test]
-async fn a_server_that_speaks_another_protocol_is_an_error_of_connecting() {
+async fn server_that_speaks_another_protocol_is_a_connect_error() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     tokio::spawn(async move {
@@ -167,7 +167,7 @@ async fn a_server_that_speaks_another_protocol_is_an_error_of_connecting() {
 }
 
 #[tokio::test]
-async fn a_wrong_password_is_told_with_its_user_and_never_shown() {
+async fn wrong_password_is_reported_with_its_user_and_never_shown() {
     let port = shared().port();
     let error = refusal(&format!("postgres://postgres:s3cr3t@127.0.0.1:{port}/postgres")).await;
     assert_eq!(error.kind(), ErrorKind::Connect);
@@ -180,7 +180,7 @@ async fn a_wrong_password_is_told_with_its_user_and_never_shown() {
 }
 
 #[tokio::test]
-async fn a_missing_password_is_told() {
+async fn missing_password_is_reported() {
     let port = shared().port();
     let error = refusal(&format!("postgres://postgres@127.0.0.1:{port}/postgres")).await;
     assert_eq!(error.kind(), ErrorKind::Connect);
@@ -188,7 +188,7 @@ async fn a_missing_password_is_told() {
 }
 
 #[tokio::test]
-async fn an_unknown_database_is_told() {
+async fn unknown_database_is_reported() {
     let error = refusal(&shared().url_for("no_such_database")).await;
     assert_eq!(error.kind(), ErrorKind::Connect);
     assert_eq!(error.sqlstate().unwrap().code(), "3D000");
@@ -197,7 +197,7 @@ async fn an_unknown_database_is_told() {
 }
 
 #[tokio::test]
-async fn no_debug_output_shows_the_password_or_a_value() {
+async fn debug_output_never_shows_the_password_or_a_value() {
     let database = Database::with("CREATE VIEW v AS SELECT '1'::jsonb AS data");
     let password = shared().password();
     let hidden = |shown: String| {
@@ -218,11 +218,11 @@ async fn no_debug_output_shows_the_password_or_a_value() {
 }
 
 #[tokio::test]
-async fn a_dropped_connection_ends_its_backend() {
+async fn dropped_connection_ends_its_backend() {
     let database = Database::with("");
     let admin = database.admin().await;
     let mut db = database.connect().await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     drop(db);
     admin.until(pid, |now| now.is_none()).await;
 }

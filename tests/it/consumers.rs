@@ -1,5 +1,5 @@
-//! The verdict does not depend on the way in which a stream is consumed: a table of ways, settings and runtimes. In
-//! each case one side is slow by a wide margin.
+//! The verdict does not depend on how a stream is consumed: a table of ways, settings and runtimes. In each case one
+//! side is slow by a wide margin.
 
 mod case;
 mod load;
@@ -49,21 +49,21 @@ const CONCURRENT: [Way; 2] = [BUFFER_UNORDERED, FOR_EACH_CONCURRENT];
 const HANDED_OVER: [Way; 2] = [MPSC, SPAWN_BLOCKING];
 
 /// Ways that check for a row and do something else if there is none.
-const LOOKS: [Way; 3] = [NEXT_READY, POLL_IMMEDIATE, NOW_OR_NEVER];
+const POLLS: [Way; 3] = [NEXT_READY, POLL_IMMEDIATE, NOW_OR_NEVER];
 
 #[test]
-fn a_slow_consumer_of_single_rows_is_consumer_bound() {
-    let ways = [&ROW_BY_ROW[..], &LOOKS].concat();
+fn slow_consumer_of_single_rows_is_consumer_bound() {
+    let ways = [&ROW_BY_ROW[..], &POLLS].concat();
     check(&cases(&BOTH, &ways, &SLEEPING, Is(ConsumerBound)));
 }
 
 #[test]
-fn a_slow_consumer_of_batches_is_consumer_bound() {
+fn slow_consumer_of_batches_is_consumer_bound() {
     check(&cases(&BOTH, &BATCHES, &SLEEPING, Is(ConsumerBound)));
 }
 
 #[test]
-fn a_slow_consumer_that_works_beside_the_stream_is_consumer_bound() {
+fn slow_consumer_that_works_alongside_the_stream_is_consumer_bound() {
     let work_elsewhere = [
         cases(&BOTH, &CONCURRENT, &SLEEPING, Is(ConsumerBound)),
         cases(&BOTH, &[MPSC], &SLEEPING, Is(ConsumerBound)),
@@ -74,78 +74,78 @@ fn a_slow_consumer_that_works_beside_the_stream_is_consumer_bound() {
 }
 
 #[test]
-fn a_consumer_that_blocks_its_thread_between_polls_is_consumer_bound() {
+fn consumer_that_blocks_its_thread_between_polls_is_consumer_bound() {
     let ways = [NEXT, NEXT_CHUNK, NEXT_THEN_READY];
     let all = [
         cases(&BOTH, &ways, &BLOCKING, Is(ConsumerBound)),
         cases(&[MultiThread], &[CHUNKS], &BLOCKING, Is(ConsumerBound)),
         cases(&[CurrentThread], &[CHUNKS], &BLOCKING[..2], Is(ConsumerBound)),
-        // 100 rows of 4 ms each: within the case's life, the second batch has only begun.
+        // With 100 rows of 4 ms each, the second batch has only just begun when the case ends.
         cases(&[CurrentThread], &[CHUNKS], &BLOCKING[2..], Busy),
     ];
     check(&all.concat());
 }
 
 #[test]
-fn a_consumer_that_blocks_its_thread_while_it_waits_for_rows_is_consumer_bound() {
+fn consumer_that_blocks_its_thread_while_it_waits_for_rows_is_consumer_bound() {
     let ways = [READY_CHUNKS_1000, JOINED_READY_CHUNKS, JOINED_WITH_CPU_WORK];
     let on_two_threads =
         cases(&[MultiThread], &[&ways[..], &[SELECT_FLUSH]].concat(), &BLOCKING, Is(ConsumerBound));
     let on_one_thread = cases(&[CurrentThread], &ways, &BLOCKING[..2], Is(ConsumerBound));
-    // Two or three stints of 200 ms do not show whose they are. Nor does a stint of a task that is woken by a
-    // timer of its own and does not poll the stream first.
-    let in_doubt = [
+    // Two or three bursts of 200 ms cannot be attributed to a side. Nor can a burst of a task that is woken by its
+    // own timer and does not poll the stream first.
+    let ambiguous = [
         cases(&[CurrentThread], &[READY_CHUNKS_1000, JOINED_WITH_CPU_WORK], &BLOCKING[2..], NotTheSource),
         cases(&[CurrentThread], &[SELECT_FLUSH], &BLOCKING, NotTheSource),
     ];
-    check(&[on_two_threads, on_one_thread, in_doubt.concat()].concat());
+    check(&[on_two_threads, on_one_thread, ambiguous.concat()].concat());
 }
 
 #[test]
-fn a_fast_consumer_of_single_rows_from_a_slow_source_is_source_bound() {
+fn fast_consumer_of_single_rows_from_a_slow_source_is_source_bound() {
     let ways = [&ROW_BY_ROW[..], &CONCURRENT, &HANDED_OVER].concat();
     let rows = cases(&BOTH, &ways, &SLOW_SOURCES, Is(SourceBound));
-    // A look every 1 to 2 ms is late for a row every 1 ms.
-    let looks = cases(&BOTH, &[POLL_IMMEDIATE, NOW_OR_NEVER], &[EVERY_5_MS], Is(SourceBound));
-    check(&[rows, looks].concat());
+    // A poll every 1 to 2 ms is too late for a row every 1 ms.
+    let polls = cases(&BOTH, &[POLL_IMMEDIATE, NOW_OR_NEVER], &[EVERY_5_MS], Is(SourceBound));
+    check(&[rows, polls].concat());
 }
 
 #[test]
-fn a_fast_consumer_of_batches_from_a_slow_source_is_source_bound() {
+fn fast_consumer_of_batches_from_a_slow_source_is_source_bound() {
     let batches = cases(&BOTH, &BATCHES, &SLOW_SOURCES, Is(SourceBound));
     let in_place = cases(&[MultiThread], &[BLOCK_IN_PLACE], &SLOW_SOURCES, Is(SourceBound));
     check(&[batches, in_place].concat());
 }
 
-/// Fast consumers on a runtime that other tasks block for `stint` milliseconds at a time.
-fn starved(stint: u64) -> Vec<Case> {
-    let setting = [Setting::Starved(Duration::from_millis(stint))];
+/// Fast consumers on a runtime that other tasks block for `burst` milliseconds at a time.
+fn starved(burst: u64) -> Vec<Case> {
+    let setting = [Setting::Starved(Duration::from_millis(burst))];
     let alone = [&[NEXT, TIMEOUT_AT][..], &CONCURRENT, BATCHES_OF_ONE_STREAM].concat();
-    // In these ways a timer or another stream also wakes the task, when others are about to block the thread.
+    // In these ways, a timer or another stream also wakes the task while others are about to block the thread.
     let woken_otherwise = [SELECT_FLUSH, MERGED, JOINED, JOINED_READY_CHUNKS];
     // Between polls, these ways wait for a task or a timer of the starved runtime.
-    let held_up = [&HANDED_OVER[..], &[POLL_IMMEDIATE, NOW_OR_NEVER]].concat();
+    let delayed = [&HANDED_OVER[..], &[POLL_IMMEDIATE, NOW_OR_NEVER]].concat();
     let all = [
         cases(&BOTH, &alone, &setting, Is(RuntimeBound)),
         cases(&[MultiThread], &woken_otherwise, &setting, Is(RuntimeBound)),
         cases(&[CurrentThread], &woken_otherwise, &setting, NotTheSource),
         cases(&[MultiThread], &[BLOCK_IN_PLACE], &setting, Is(RuntimeBound)),
-        cases(&BOTH, &held_up, &setting, NotTheSource),
+        cases(&BOTH, &delayed, &setting, NotTheSource),
     ];
     all.concat()
 }
 
 #[test]
-fn a_runtime_starved_by_stints_of_5_ms_is_runtime_bound() {
+fn runtime_starved_in_bursts_of_5_ms_is_runtime_bound() {
     check(&starved(5));
 }
 
 #[test]
-fn a_runtime_starved_by_stints_of_20_ms_is_runtime_bound() {
+fn runtime_starved_in_bursts_of_20_ms_is_runtime_bound() {
     check(&starved(20));
 }
 
 #[test]
-fn a_runtime_starved_by_stints_of_50_ms_is_runtime_bound() {
+fn runtime_starved_in_bursts_of_50_ms_is_runtime_bound() {
     check(&starved(50));
 }

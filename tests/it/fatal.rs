@@ -8,25 +8,25 @@ use futures_util::StreamExt;
 use serde_json::Value;
 
 use crate::server::{
-    Admin, Database, Doc, SILENT, SOON, backend_of, connect, eventually, ids, read_all, rows_of, scalar,
+    Admin, Database, Doc, SILENT, SOON, backend_pid, connect, eventually, ids, read_all, rows_of, scalar,
     shared, table_script, within,
 };
 
 #[tokio::test]
-async fn a_fatal_timeout_that_answers_a_query_is_a_lost_connection_and_names_its_cause() {
+async fn fatal_timeout_during_a_query_is_a_lost_connection_with_its_cause() {
     let database = Database::with(&table_script("t", 1, 0));
     let mut db = database.connect().await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     let begin = "SET idle_in_transaction_session_timeout = '1s'; BEGIN";
     within(SOON, db.client()).await.unwrap().batch_execute(begin).await.unwrap();
-    // The query is on its way when the timeout strikes, as on a slow network.
+    // The query is already sent when the timeout fires, as on a slow network.
     assert!(send_signal("STOP", pid));
-    let strike = async {
+    let resume = async {
         tokio::time::sleep(Duration::from_millis(1_200)).await;
         assert!(send_signal("CONT", pid));
     };
     let stream = db.query::<Doc>("t").stream();
-    let (stream, ()) = within(SOON, async { tokio::join!(stream, strike) }).await;
+    let (stream, ()) = within(SOON, async { tokio::join!(stream, resume) }).await;
     let error = stream.map(drop).unwrap_err();
     assert_eq!((error.kind(), error.sqlstate().unwrap().code()), (ErrorKind::Disconnected, "25P03"));
     let text = error.to_string();
@@ -36,7 +36,7 @@ async fn a_fatal_timeout_that_answers_a_query_is_a_lost_connection_and_names_its
 }
 
 #[tokio::test]
-async fn a_panic_of_the_server_is_a_lost_connection_and_names_its_cause() {
+async fn server_panic_is_a_lost_connection_with_its_cause() {
     let settings = [("wal_level", "minimal"), ("max_wal_senders", "0"), ("autovacuum", "off")];
     let settings = settings.iter().fold(Postgres::builder(), |all, (name, value)| all.set(name, value));
     let server = tokio::task::spawn_blocking(move || settings.start().unwrap()).await.unwrap();
@@ -44,12 +44,12 @@ async fn a_panic_of_the_server_is_a_lost_connection_and_names_its_cause() {
                   FROM generate_series(0, 9) i; CHECKPOINT;";
     server.psql("postgres", view).unwrap();
     let mut db = connect(&server.url()).await;
-    // Postgres panics when it cannot write its log.
+    // Postgres panics when it cannot write its WAL.
     let data = server.socket_dir().join("data");
     std::fs::rename(data.join("pg_wal"), data.join("lost")).unwrap();
     let mut stream = db.query::<Doc>("v").stream().await.unwrap();
     let (_, error) = read_all(&mut stream).await;
-    let error = error.expect("never a quiet end");
+    let error = error.expect("the stream must fail");
     assert_eq!((error.kind(), error.sqlstate().unwrap().code()), (ErrorKind::Disconnected, "58P01"));
     let text = error.to_string();
     assert!(text.contains("file \"pg_wal/") && text.contains("No such file or directory (58P01)"), "{text}");
@@ -59,17 +59,17 @@ async fn a_panic_of_the_server_is_a_lost_connection_and_names_its_cause() {
 }
 
 #[tokio::test]
-async fn an_error_leaves_the_connection_alive_whatever_its_sqlstate() {
+async fn error_leaves_the_connection_alive_whatever_its_sqlstate() {
     let database = Database::with(&format!("{SILENT} {}", table_script("t", 1, 0)));
     let admin = database.admin().await;
     let mut db = database.connect().await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     let force = if shared().version() < 16 { "force_parallel_mode" } else { "debug_parallel_query" };
     let script = format!("SET {force} = on");
     within(SOON, db.client()).await.unwrap().batch_execute(&script).await.unwrap();
     let mut stream = db.query::<Value>("silent").stream().await.unwrap();
-    // The backend lives on without its worker, and passes the worker's SQLSTATE on.
-    let worker = within(SOON, worker_of(&admin, pid)).await;
+    // The backend outlives its worker and passes on the worker's SQLSTATE.
+    let worker = within(SOON, parallel_worker(&admin, pid)).await;
     admin.run("pg_terminate_backend", worker).await;
     let error = within(SOON, stream.next()).await.unwrap().unwrap_err();
     assert_eq!((error.kind(), error.sqlstate().unwrap().code()), (ErrorKind::Query, "57P01"), "{error}");
@@ -78,8 +78,8 @@ async fn an_error_leaves_the_connection_alive_whatever_its_sqlstate() {
     assert_eq!(scalar::<i32>(&mut db, "SELECT pg_backend_pid()").await, pid);
 }
 
-/// Waits until the backend has a parallel worker.
-async fn worker_of(admin: &Admin, leader: i32) -> i32 {
+/// Waits for a parallel worker of the backend and returns its process id.
+async fn parallel_worker(admin: &Admin, leader: i32) -> i32 {
     let text = "SELECT pid FROM pg_stat_activity WHERE leader_pid = $1 AND wait_event = 'PgSleep'";
     loop {
         if let Some(row) = admin.client.query_opt(text, &[&leader]).await.unwrap() {

@@ -1,23 +1,23 @@
-//! The promises of the crate, each on a real Postgres.
+//! Tests of the crate's guarantees against a real Postgres.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by a panic")]
+#![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 mod backpressure;
 mod bad_input;
 mod cancel;
+mod client_statements;
 mod closing;
 mod connect;
 mod consumers;
 mod cost;
 mod fatal;
 mod first_row;
-mod given_back;
 mod loss;
 mod null;
-mod own_statements;
 mod polling;
 mod proxy;
 mod relations;
+mod returned_connection;
 mod rows;
 mod runtime;
 mod sequences;
@@ -25,5 +25,5 @@ mod server;
 mod statements;
 mod stats;
 mod transactions;
-mod unseen;
+mod unread_errors;
 mod verdict;

@@ -15,7 +15,7 @@ fn database() -> Database {
 }
 
 #[tokio::test]
-async fn null_is_none_for_an_option() {
+async fn null_decodes_into_none() {
     let database = database();
     let mut db = database.connect().await;
     let rows: Vec<Option<Doc>> = rows_of(db.query("t").order_by("id").stream().await.unwrap()).await;
@@ -23,7 +23,7 @@ async fn null_is_none_for_an_option() {
 }
 
 #[tokio::test]
-async fn null_is_null_for_a_value_and_for_raw_json() {
+async fn null_decodes_into_json_null_as_a_value_and_as_raw_json() {
     let database = database();
     let mut db = database.connect().await;
     for entity in ["t", "j"] {
@@ -33,13 +33,13 @@ async fn null_is_null_for_a_value_and_for_raw_json() {
         assert_eq!(values[null], Value::Null, "{entity}");
         assert_eq!(raw[null].as_bytes(), b"null", "{entity}");
     }
-    // A null that is JSON's own reads the same.
+    // A JSON null looks the same.
     let raw: Vec<RawJson> = rows_of(db.query("j").order_by("id").stream().await.unwrap()).await;
     assert_eq!(raw[1].as_bytes(), b"null");
 }
 
 #[tokio::test]
-async fn null_is_a_decode_error_for_a_plain_type_and_the_stream_goes_on() {
+async fn null_is_a_decode_error_for_other_types_and_the_stream_continues() {
     let database = database();
     let mut db = database.connect().await;
     let mut stream = db.query::<Doc>("t").order_by("id").stream().await.unwrap();

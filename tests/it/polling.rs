@@ -1,4 +1,5 @@
-//! Rows are produced by the consumer's polls at first and by a task later; who polls how, and where, is all the same.
+//! At first the consumer's polls produce the rows, later a task does. The rows do not depend on how or where the
+//! stream is polled.
 
 use std::task::Poll;
 use std::time::{Duration, Instant};
@@ -10,11 +11,11 @@ use serde_json::Value;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::server::{
-    Admin, Database, Doc, ENDLESS, SILENT, SOON, assert_unbroken, backend_of, connect, eventually, ids,
+    Admin, Database, Doc, ENDLESS, SILENT, SOON, assert_consecutive, backend_pid, connect, eventually, ids,
     rows_of, table_script, trickle, within,
 };
 
-/// A short result, a long one, and one that takes its time.
+/// A short result, a long one, and a slow one.
 const ENTITIES: [(&str, usize); 3] = [("t", 10), ("endless", 20_000), ("slow", 20)];
 
 fn database() -> Database {
@@ -26,22 +27,22 @@ fn runtimes() -> [Runtime; 2] {
         .map(|builder| builder.enable_all().build().unwrap())
 }
 
-async fn begin(db: Connection, (entity, rows): (&str, usize)) -> JsonStream<Doc> {
+async fn start(db: Connection, (entity, rows): (&str, usize)) -> JsonStream<Doc> {
     within(SOON, db.into_query(entity).limit(rows as u64).stream()).await.unwrap()
 }
 
 /// Fails unless these are all rows, in order.
 fn assert_all(rows: &[Doc], (entity, expected): (&str, usize)) {
-    assert_unbroken(rows);
+    assert_consecutive(rows);
     assert_eq!(rows.len(), expected, "{entity}");
 }
 
 #[test]
-fn a_stream_that_is_never_polled_fills_its_channel() {
+fn stream_that_is_never_polled_fills_its_channel() {
     let database = database();
     for runtime in runtimes() {
         runtime.block_on(async {
-            let stream = begin(database.connect().await, ("endless", 20_000)).await;
+            let stream = start(database.connect().await, ("endless", 20_000)).await;
             let is_full = |stats: fraiseql_stream::Stats| stats.buffered_rows == stats.row_limit;
             eventually("the channel is full", || is_full(stream.stats())).await;
             assert_all(&rows_of(stream).await, ("endless", 20_000));
@@ -50,19 +51,19 @@ fn a_stream_that_is_never_polled_fills_its_channel() {
 }
 
 #[test]
-fn a_stream_that_is_polled_once_and_then_never_fills_its_channel() {
+fn stream_that_is_polled_only_once_fills_its_channel() {
     let database = database();
     for runtime in runtimes() {
         runtime.block_on(async {
-            let mut stream = begin(database.connect().await, ("slow", 20)).await;
+            let mut stream = start(database.connect().await, ("slow", 20)).await;
             assert!(stream.next().now_or_never().is_none());
-            eventually("all rows wait", || stream.stats().buffered_rows == 20).await;
+            eventually("all rows wait in the channel", || stream.stats().buffered_rows == 20).await;
             assert_all(&rows_of(stream).await, ("slow", 20));
         });
     }
 }
 
-/// Takes rows without ever waiting, until there are none.
+/// Takes rows until the stream ends, without ever waiting for one.
 async fn take_without_waiting(
     mut stream: JsonStream<Doc>,
     mut take: impl FnMut(&mut JsonStream<Doc>) -> Poll<Option<Result<Doc>>>,
@@ -75,7 +76,7 @@ async fn take_without_waiting(
             Poll::Ready(None) => return rows,
             Poll::Pending => tokio::task::yield_now().await,
         }
-        assert!(start.elapsed() < SOON, "{} rows and no end", rows.len());
+        assert!(start.elapsed() < SOON, "{} rows, and the stream does not end", rows.len());
     }
 }
 
@@ -84,15 +85,15 @@ fn poll_once(stream: &mut JsonStream<Doc>) -> Poll<Option<Result<Doc>>> {
 }
 
 #[test]
-fn a_stream_that_is_only_looked_at_gives_all_rows() {
+fn stream_polled_without_waiting_returns_all_rows() {
     let database = database();
     for runtime in runtimes() {
         for entity in ENTITIES {
             runtime.block_on(async {
-                let stream = begin(database.connect().await, entity).await;
+                let stream = start(database.connect().await, entity).await;
                 let rows = take_without_waiting(stream, JsonStream::next_ready).await;
                 assert_all(&rows, entity);
-                let stream = begin(database.connect().await, entity).await;
+                let stream = start(database.connect().await, entity).await;
                 assert_all(&take_without_waiting(stream, poll_once).await, entity);
             });
         }
@@ -100,38 +101,38 @@ fn a_stream_that_is_only_looked_at_gives_all_rows() {
 }
 
 #[test]
-fn a_stream_may_be_polled_on_another_runtime_or_on_none_from_its_first_poll_on() {
+fn stream_can_be_polled_on_another_runtime_or_none_from_the_first_poll_on() {
     let database = database();
-    let [home, alone] = runtimes();
+    let [home, single_threaded] = runtimes();
     let [elsewhere, _] = runtimes();
     for _ in 0..5 {
         for entity in ENTITIES {
-            let begun = || home.block_on(async { begin(database.connect().await, entity).await });
-            let stream = begun();
-            assert_all(&alone.block_on(rows_of_any(stream)), entity);
-            let stream = begun();
-            assert_all(&elsewhere.block_on(rows_of_any(stream)), entity);
-            assert_all(&executor::block_on(rows_of_any(begun())), entity);
+            let started = || home.block_on(async { start(database.connect().await, entity).await });
+            let stream = started();
+            assert_all(&single_threaded.block_on(collect(stream)), entity);
+            let stream = started();
+            assert_all(&elsewhere.block_on(collect(stream)), entity);
+            assert_all(&executor::block_on(collect(started())), entity);
         }
     }
 }
 
-/// All rows, taken without the help of a runtime.
-async fn rows_of_any(stream: JsonStream<Doc>) -> Vec<Doc> {
+/// Collects all rows without the timers of tokio, so that it works outside a runtime.
+async fn collect(stream: JsonStream<Doc>) -> Vec<Doc> {
     stream.map(Result::unwrap).collect().await
 }
 
 #[test]
-fn a_stream_may_go_from_one_runtime_to_another_between_two_rows() {
+fn stream_can_move_between_runtimes_after_each_row() {
     let database = database();
-    let [home, alone] = runtimes();
+    let [home, single_threaded] = runtimes();
     for entity in ENTITIES {
-        let mut stream = home.block_on(async { begin(database.connect().await, entity).await });
+        let mut stream = home.block_on(async { start(database.connect().await, entity).await });
         let mut rows = Vec::new();
         for at in 0.. {
             let row = match at % 3 {
                 0 => home.block_on(stream.next()),
-                1 => alone.block_on(stream.next()),
+                1 => single_threaded.block_on(stream.next()),
                 _ => executor::block_on(stream.next()),
             };
             let Some(row) = row else { break };
@@ -141,10 +142,10 @@ fn a_stream_may_go_from_one_runtime_to_another_between_two_rows() {
     }
 }
 
-/// Drops streams right behind `stream()`. Each is cancelled, and the connection serves the next query.
+/// Drops streams right after `stream()`. Each query is cancelled, and the connection runs the next one.
 async fn drop_unpolled(connection: &str, admin: &Admin) {
     let mut db = connect(connection).await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     for entity in ["silent", "endless", "t"].into_iter().cycle().take(60) {
         drop(within(SOON, db.query::<Value>(entity).stream()).await.unwrap());
         let dropped = Instant::now();
@@ -153,11 +154,11 @@ async fn drop_unpolled(connection: &str, admin: &Admin) {
         let stream = within(SOON, db.query::<Doc>("t").order_by("id").stream()).await.unwrap();
         assert_eq!(ids(&rows_of(stream).await), (0..10).collect::<Vec<_>>());
     }
-    assert_eq!(backend_of(&mut db).await, pid);
+    assert_eq!(backend_pid(&mut db).await, pid);
 }
 
 #[test]
-fn a_stream_dropped_before_its_first_poll_is_cancelled_and_its_connection_works() {
+fn stream_dropped_before_its_first_poll_is_cancelled_and_its_connection_works() {
     let database = database();
     for runtime in runtimes() {
         for connection in [&database.url, &database.socket()] {
@@ -167,17 +168,17 @@ fn a_stream_dropped_before_its_first_poll_is_cancelled_and_its_connection_works(
 }
 
 #[test]
-fn a_stream_dropped_outside_of_its_runtime_before_its_first_poll_is_cancelled() {
+fn stream_dropped_outside_its_runtime_before_its_first_poll_is_cancelled() {
     let database = database();
     let [home, _] = runtimes();
     let (admin, mut db) = home.block_on(async { (database.admin().await, database.connect().await) });
-    let pid = home.block_on(backend_of(&mut db));
+    let pid = home.block_on(backend_pid(&mut db));
     for entity in ["silent", "endless"] {
         let stream = home.block_on(db.query::<Value>(entity).stream()).unwrap();
         let dropped = Instant::now();
         drop(stream);
         home.block_on(admin.until_idle(pid));
         assert!(dropped.elapsed() < Duration::from_secs(1), "{entity}: {:?}", dropped.elapsed());
-        assert_eq!(home.block_on(backend_of(&mut db)), pid);
+        assert_eq!(home.block_on(backend_pid(&mut db)), pid);
     }
 }

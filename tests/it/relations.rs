@@ -1,4 +1,4 @@
-//! The entity is the name of a relation, and never SQL.
+//! An entity is the name of a relation and never SQL.
 
 use fraiseql_stream::ErrorKind;
 use serde_json::Value;
@@ -6,7 +6,7 @@ use serde_json::Value;
 use crate::server::{Database, Doc, ids, rows_of, scalar, table_script};
 
 #[tokio::test]
-async fn a_view_is_a_relation_like_a_table() {
+async fn views_and_partitions_stream_like_tables() {
     let database = Database::with(&format!(
         "{} CREATE VIEW v AS SELECT data FROM t WHERE id > 7;
             CREATE MATERIALIZED VIEW m AS SELECT data FROM t WHERE id < 2;
@@ -24,7 +24,7 @@ async fn a_view_is_a_relation_like_a_table() {
 }
 
 #[tokio::test]
-async fn a_name_may_have_a_schema_case_dots_and_quotes() {
+async fn entity_name_may_contain_a_schema_upper_case_dots_and_quotes() {
     let database = Database::with(
         r#"CREATE SCHEMA sales; CREATE SCHEMA "My Schema";
            CREATE TABLE sales.orders AS SELECT '{"id": 1}'::jsonb AS data;
@@ -54,7 +54,7 @@ async fn a_name_may_have_a_schema_case_dots_and_quotes() {
 }
 
 #[tokio::test]
-async fn sql_in_the_place_of_a_name_is_a_relation_that_does_not_exist() {
+async fn sql_in_place_of_a_name_is_a_relation_that_does_not_exist() {
     let database =
         Database::with("CREATE TABLE x AS SELECT '{}'::jsonb AS data; CREATE TABLE users (data jsonb)");
     let mut db = database.connect().await;

@@ -1,4 +1,4 @@
-//! Rows: all of them, in order, as any type, and byte by byte as Postgres sent them.
+//! Rows: all of them, in order, as any type, and byte for byte as Postgres sent them.
 
 use std::task::Poll;
 
@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 use crate::server::{
-    Database, Doc, ENDLESS, SILENT, SOON, assert_unbroken, backend_of, ids, read_all, rows_of, scalar, table,
-    table_script, within,
+    Database, Doc, ENDLESS, SILENT, SOON, assert_consecutive, backend_pid, ids, read_all, rows_of, scalar,
+    table, table_script, within,
 };
 
 #[derive(Debug, Deserialize, PartialEq)]
@@ -31,7 +31,7 @@ struct Note {
     note: String,
 }
 
-/// One document, with spaces, key order, an escape, a doubled key and a character of four bytes.
+/// A document with spaces, unsorted keys, an escape, a duplicate key and a four-byte character.
 const DOCUMENT: &str =
     r#"{ "note":  "caf\u00e9 𝄞", "id" :7, "lines":[{"sku":"a", "price":1.50}],   "id": 7 }"#;
 
@@ -43,7 +43,7 @@ fn documents() -> Database {
 }
 
 #[tokio::test]
-async fn json_and_jsonb_decode_into_a_type_of_the_caller() {
+async fn json_and_jsonb_decode_into_the_type_of_the_caller() {
     let database = documents();
     let mut db = database.connect().await;
     for entity in ["as_json", "as_jsonb"] {
@@ -67,7 +67,7 @@ async fn json_and_jsonb_decode_into_a_value() {
 }
 
 #[tokio::test]
-async fn raw_json_is_the_bytes_that_postgres_sent() {
+async fn raw_json_holds_the_bytes_that_postgres_sent() {
     let database = documents();
     let mut db = database.connect().await;
     let rows: Vec<RawJson> = rows_of(db.query("as_json").stream().await.unwrap()).await;
@@ -80,7 +80,7 @@ async fn raw_json_is_the_bytes_that_postgres_sent() {
 }
 
 #[tokio::test]
-async fn raw_json_is_a_string_unless_the_encoding_is_another() {
+async fn raw_json_is_a_str_only_if_it_is_utf_8() {
     let database = documents();
     let mut db = database.connect().await;
     let rows: Vec<RawJson> = rows_of(db.query("as_json").stream().await.unwrap()).await;
@@ -94,7 +94,7 @@ async fn raw_json_is_a_string_unless_the_encoding_is_another() {
 }
 
 #[tokio::test]
-async fn a_hundred_thousand_rows_come_in_order_none_lost_or_doubled() {
+async fn hundred_thousand_rows_arrive_in_order_without_loss_or_duplicates() {
     let database = table(100_000, 20);
     let mut db = database.connect().await;
     let sent: i64 = scalar(&mut db, "SELECT sum(length(data::text)) FROM t").await;
@@ -102,16 +102,16 @@ async fn a_hundred_thousand_rows_come_in_order_none_lost_or_doubled() {
     let (rows, error) = read_all(&mut stream).await;
     assert!(error.is_none(), "{error:?}");
     assert_eq!(rows.len(), 100_000);
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
     let stats = stream.stats();
     assert_eq!((stats.rows, stats.filtered, stats.failed), (100_000, 0, 0));
     assert_eq!(stats.bytes, u64::try_from(sent).unwrap());
     assert_eq!((stats.buffered_rows, stats.buffered_bytes), (0, 0));
-    assert!(stream.next().await.is_none(), "the end is the end");
+    assert!(stream.next().await.is_none(), "the stream stays ended");
 }
 
 #[tokio::test]
-async fn values_of_several_types_go_by_number() {
+async fn values_of_several_types_bind_to_numbered_parameters() {
     let database = Database::with(
         "CREATE TABLE t AS SELECT i AS id, i % 2 = 0 AS even, i / 2.0::float8 AS half,
              jsonb_build_object('id', i, 'name', 'n' || i % 10) AS data
@@ -136,12 +136,12 @@ async fn values_of_several_types_go_by_number() {
 }
 
 #[tokio::test]
-async fn the_numbering_of_values_goes_on_in_the_second_condition() {
+async fn parameter_numbers_continue_in_the_second_condition() {
     let database = table(100, 0);
     let mut db = database.connect().await;
     let query = db
         .query::<Doc>("t")
-        // The OR must not reach beyond its own condition.
+        // The OR must not extend to the other condition.
         .where_sql("id < $1 OR id > $2", &[&10_i32, &90_i32])
         .where_sql("id % $3 = 0", &[&5_i32])
         .order_by("id");
@@ -149,7 +149,7 @@ async fn the_numbering_of_values_goes_on_in_the_second_condition() {
 }
 
 #[tokio::test]
-async fn a_value_is_never_sql() {
+async fn values_are_never_interpreted_as_sql() {
     let database = table(3, 0);
     let mut db = database.connect().await;
     let value = "x' OR true; DROP TABLE t; --";
@@ -159,7 +159,7 @@ async fn a_value_is_never_sql() {
 }
 
 #[tokio::test]
-async fn a_comment_at_the_end_of_a_clause_swallows_nothing() {
+async fn trailing_comment_in_a_clause_does_not_hide_the_rest_of_the_query() {
     let database = table(100, 0);
     let mut db = database.connect().await;
     let query = db
@@ -173,7 +173,7 @@ async fn a_comment_at_the_end_of_a_clause_swallows_nothing() {
 }
 
 #[tokio::test]
-async fn what_a_rust_predicate_keeps_back_is_counted_as_filtered() {
+async fn rows_rejected_by_a_rust_predicate_count_as_filtered() {
     let database = table(1_000, 0);
     let mut db = database.connect().await;
     let mut stream = db
@@ -192,7 +192,7 @@ async fn what_a_rust_predicate_keeps_back_is_counted_as_filtered() {
 }
 
 #[tokio::test]
-async fn order_limit_and_offset_are_done_by_postgres() {
+async fn postgres_applies_order_limit_and_offset() {
     let database = table(1_000, 0);
     let mut db = database.connect().await;
     let query = db.query::<Doc>("t").order_by("id % 10").order_by("id DESC").limit(3).offset(1);
@@ -200,25 +200,25 @@ async fn order_limit_and_offset_are_done_by_postgres() {
     let (rows, _) = read_all(&mut stream).await;
     assert_eq!(ids(&rows), [980, 970, 960]);
     let sent: usize = [980, 970, 960].iter().map(|id| format!(r#"{{"id": {id}, "pad": ""}}"#).len()).sum();
-    assert_eq!(stream.stats().bytes, sent as u64, "Postgres sent no more than was asked for");
+    assert_eq!(stream.stats().bytes, sent as u64, "Postgres sends no other rows");
     drop(stream);
     assert!(rows_of(db.query::<Doc>("t").limit(0).stream().await.unwrap()).await.is_empty());
 }
 
 #[tokio::test]
-async fn chunks_of_any_size_give_the_same_rows() {
+async fn chunk_size_does_not_change_the_rows() {
     let database = table(5_000, 10);
     let mut db = database.connect().await;
     for size in [1, 2, 63, 1_000, usize::MAX] {
         let query = db.query::<Doc>("t").order_by("id").chunk_size(size);
         let rows = rows_of(query.stream().await.unwrap()).await;
         assert_eq!(rows.len(), 5_000, "chunk_size {size}");
-        assert_unbroken(&rows);
+        assert_consecutive(&rows);
     }
 }
 
 #[tokio::test]
-async fn next_chunk_gives_the_rows_by_the_chunk_and_nothing_at_the_end() {
+async fn next_chunk_returns_the_rows_in_chunks_and_none_at_the_end() {
     let database = table(1_000, 10);
     let mut db = database.connect().await;
     let query = db.query::<Doc>("t").order_by("id").chunk_size(30);
@@ -229,13 +229,13 @@ async fn next_chunk_gives_the_rows_by_the_chunk_and_nothing_at_the_end() {
         rows.extend(chunk);
     }
     assert_eq!(rows.len(), 1_000);
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
     assert!((2..=30).contains(&largest), "{largest}");
     assert!(stream.next_chunk().await.unwrap().is_none());
 }
 
 #[tokio::test]
-async fn next_chunk_after_next_takes_the_rest_of_the_chunk() {
+async fn next_chunk_after_next_returns_the_rest_of_the_chunk() {
     let database = table(100, 10);
     let mut db = database.connect().await;
     let query = db.query::<Doc>("t").order_by("id").chunk_size(10);
@@ -245,11 +245,11 @@ async fn next_chunk_after_next_takes_the_rest_of_the_chunk() {
         rows.extend(chunk);
     }
     assert_eq!(rows.len(), 100);
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
 }
 
 #[tokio::test]
-async fn next_ready_gives_what_is_there_and_does_not_wait() {
+async fn next_ready_returns_available_rows_without_waiting() {
     let database = Database::with(&format!("{SILENT} {}", table_script("t", 10, 0)));
     let mut db = database.connect().await;
     let mut stream = db.query::<Value>("silent").stream().await.unwrap();
@@ -260,7 +260,10 @@ async fn next_ready_gives_what_is_there_and_does_not_wait() {
     }
     let time = stream.stats().time;
     let waits = [(time.source_wait, before.source_wait), (time.scheduled, before.scheduled)];
-    assert!(waits.iter().all(|(now, before)| now == before), "looking is not waiting: {before:?}, {time:?}");
+    assert!(
+        waits.iter().all(|(now, before)| now == before),
+        "next_ready does not wait: {before:?}, {time:?}"
+    );
     within(SOON, stream.close()).await.unwrap();
 
     let mut stream = db.query::<Doc>("t").order_by("id").stream().await.unwrap();
@@ -271,33 +274,33 @@ async fn next_ready_gives_what_is_there_and_does_not_wait() {
             Poll::Pending => tokio::task::yield_now().await,
         }
     }
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
     assert!(within(SOON, stream.next()).await.is_none());
     assert!(matches!(stream.next_ready(), Poll::Ready(None)), "it has ended");
 }
 
 #[tokio::test]
-async fn a_dropped_wait_loses_no_row() {
+async fn dropping_a_pending_next_loses_no_row() {
     let database = Database::with(&crate::server::trickle("slow", 100, 0.003));
     let mut db = database.connect().await;
     let mut stream = db.query::<Doc>("slow").stream().await.unwrap();
-    let (mut rows, mut given_up) = (Vec::new(), 0);
+    let (mut rows, mut timeouts) = (Vec::new(), 0);
     loop {
-        let patience = std::time::Duration::from_millis(1);
-        match tokio::time::timeout(patience, stream.next()).await {
+        let limit = std::time::Duration::from_millis(1);
+        match tokio::time::timeout(limit, stream.next()).await {
             Ok(Some(row)) => rows.push(row.unwrap()),
             Ok(None) => break,
-            Err(_) => given_up += 1,
+            Err(_) => timeouts += 1,
         }
-        assert!(given_up < 100_000);
+        assert!(timeouts < 100_000);
     }
     assert_eq!(rows.len(), 100);
-    assert_unbroken(&rows);
-    assert!(given_up > 0);
+    assert_consecutive(&rows);
+    assert!(timeouts > 0);
 }
 
 #[tokio::test]
-async fn an_owned_stream_moves_into_a_task() {
+async fn owned_stream_can_move_into_a_task() {
     fn assert_static<T: Send + 'static>(_: &T) {}
     let database = table(1_000, 0);
     let db = database.connect().await;
@@ -316,7 +319,7 @@ async fn an_owned_stream_moves_into_a_task() {
     assert_eq!(within(SOON, task).await.unwrap(), (500..1_000).collect::<Vec<_>>());
 }
 
-/// Code that knows of its rows only what spawning asks for.
+/// Requires of its rows only what spawning a task requires.
 fn spawn_count<T: FromJson + Send + 'static>(mut rows: JsonStream<T>) -> JoinHandle<u64> {
     tokio::spawn(async move {
         while rows.next().await.is_some() {}
@@ -331,7 +334,7 @@ async fn count<T: FromJson + Send>(db: &mut Connection, entity: &str) -> u64 {
 }
 
 #[tokio::test]
-async fn a_stream_moves_into_a_task_in_generic_code_too() {
+async fn stream_can_move_into_a_task_in_generic_code() {
     let database = table(1_000, 0);
     let mut db = database.connect().await;
     let counted = tokio::spawn(async move {
@@ -342,7 +345,7 @@ async fn a_stream_moves_into_a_task_in_generic_code_too() {
 }
 
 #[tokio::test]
-async fn a_query_that_is_being_started_moves_into_a_task() {
+async fn query_can_start_its_stream_in_a_task() {
     let database = table(10, 0);
     let db = database.connect().await;
     let task = tokio::spawn(async move {
@@ -353,17 +356,17 @@ async fn a_query_that_is_being_started_moves_into_a_task() {
 }
 
 #[tokio::test]
-async fn close_gives_the_connection_back_clean() {
+async fn close_returns_a_clean_connection() {
     let database = Database::with(&format!("{ENDLESS} {SILENT} {}", table_script("t", 3, 0)));
     let mut db = database.connect().await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     for entity in ["endless", "silent", "t"] {
         let mut stream = db.into_query::<Value>(entity).stream().await.unwrap();
         if entity != "silent" {
             stream.next().await.unwrap().unwrap();
         }
         db = within(SOON, stream.close()).await.unwrap();
-        assert_eq!(backend_of(&mut db).await, pid, "still the same session after {entity}");
+        assert_eq!(backend_pid(&mut db).await, pid, "the session is the same after {entity}");
     }
     let mut stream = db.query::<Doc>("t").stream().await.unwrap();
     assert_eq!(read_all(&mut stream).await.0.len(), 3);
@@ -372,30 +375,30 @@ async fn close_gives_the_connection_back_clean() {
 }
 
 #[tokio::test]
-async fn a_connection_runs_many_streams_in_turn() {
+async fn connection_runs_many_streams_one_after_another() {
     let database = table(500, 0);
-    many_streams(database.connect().await, 100).await;
+    run_many_streams(database.connect().await, 100).await;
     let uncached = Connection::builder(&database.url).statement_cache(0).connect().await.unwrap();
-    many_streams(uncached, 0).await;
+    run_many_streams(uncached, 0).await;
     let few = Connection::builder(&database.url).statement_cache(7).connect().await.unwrap();
-    many_streams(few, 7).await;
+    run_many_streams(few, 7).await;
 }
 
-/// Runs a hundred queries of different texts; `left` statements stay prepared on the server.
-async fn many_streams(mut db: Connection, left: i64) {
+/// Runs a hundred queries with different SQL, after which `prepared` statements are left on the server.
+async fn run_many_streams(mut db: Connection, prepared: i64) {
     for turn in 0..100_u32 {
         let (low, rows) = (i32::try_from(turn).unwrap(), u64::from(turn) + 1);
         let query = db.query::<Doc>("t").where_sql("id >= $1", &[&low]).order_by("id").limit(rows);
         let expected: Vec<_> = (u64::from(turn)..u64::from(turn) + rows).collect();
         assert_eq!(ids(&rows_of(query.stream().await.unwrap()).await), expected);
     }
-    // All but the one that asks.
-    let ask = "SELECT count(*) - 1 FROM pg_prepared_statements";
-    assert_eq!(scalar::<i64>(&mut db, ask).await, left);
+    // All but the one that counts them.
+    let count = "SELECT count(*) - 1 FROM pg_prepared_statements";
+    assert_eq!(scalar::<i64>(&mut db, count).await, prepared);
 }
 
 #[tokio::test]
-async fn the_client_below_waits_for_the_clean_up_of_a_dropped_stream() {
+async fn client_waits_for_the_clean_up_of_a_dropped_stream() {
     let database = Database::with(&format!("{ENDLESS} {SILENT}"));
     let mut db = database.connect().await;
     for entity in ["endless", "silent"] {
@@ -406,7 +409,7 @@ async fn the_client_below_waits_for_the_clean_up_of_a_dropped_stream() {
 }
 
 #[tokio::test]
-async fn a_stream_sees_what_the_client_below_has_set() {
+async fn stream_runs_in_the_transaction_of_the_client() {
     let database = table(3, 0);
     let mut db = database.connect().await;
     let client = db.client().await.unwrap();
@@ -417,7 +420,7 @@ async fn a_stream_sees_what_the_client_below_has_set() {
 }
 
 #[tokio::test]
-async fn an_empty_table_is_a_stream_that_ends_well() {
+async fn stream_of_an_empty_table_ends_without_an_error() {
     let database = Database::with("CREATE TABLE t (data jsonb)");
     let mut db = database.connect().await;
     let mut stream = db.query::<Doc>("t").stream().await.unwrap();
@@ -428,7 +431,7 @@ async fn an_empty_table_is_a_stream_that_ends_well() {
 }
 
 #[tokio::test]
-async fn a_row_that_does_not_decode_is_named_and_the_stream_goes_on() {
+async fn row_that_does_not_decode_is_an_error_with_its_number_and_the_stream_continues() {
     let database = Database::with(
         "CREATE TABLE t AS SELECT i AS id, jsonb_build_object('id', CASE WHEN i % 100 = 7
              THEN to_jsonb('x'::text) ELSE to_jsonb(i) END) AS data FROM generate_series(0, 299) i",
@@ -447,14 +450,14 @@ async fn a_row_that_does_not_decode_is_named_and_the_stream_goes_on() {
     assert_eq!(rows, [7, 107, 207].map(|row| ErrorKind::Decode { row }));
     let text = bad[1].to_string();
     assert!(text.starts_with("t: row 107: ") && text.contains("expected u64"), "{text}");
-    assert!(bad[1].stats().is_none(), "it did not end the stream");
+    assert!(bad[1].stats().is_none(), "the error did not end the stream");
     let stats = stream.stats();
     assert_eq!((stats.rows, stats.failed), (297, 3));
 }
 
 #[tokio::test]
-async fn next_chunk_returns_the_rows_before_an_error_first_and_then_the_error() {
-    // Every fifth row does not decode, so that errors stand within chunks; the last row ends the stream.
+async fn next_chunk_returns_the_rows_before_an_error_and_then_the_error() {
+    // Every fifth row does not decode, so that errors occur within chunks; the query fails at row 103.
     let database = Database::with(
         "CREATE VIEW v AS SELECT CASE WHEN i % 5 = 4 THEN '{}' ELSE jsonb_build_object('id', i, 'x', 1 / (i - 103)) END AS data FROM generate_series(0, 200) i",
     );
@@ -465,7 +468,7 @@ async fn next_chunk_returns_the_rows_before_an_error_first_and_then_the_error() 
         match within(SOON, stream.next_chunk()).await {
             Ok(Some(chunk)) => rows.extend(chunk),
             Ok(None) => break,
-            // All rows before it were given out, and none after it.
+            // All rows before it were returned, and none after it.
             Err(error) => errors.push((error.kind(), (rows.len() + errors.len()) as u64)),
         }
     }
@@ -478,7 +481,7 @@ async fn next_chunk_returns_the_rows_before_an_error_first_and_then_the_error() 
 }
 
 #[tokio::test]
-async fn an_error_held_back_by_next_chunk_is_the_next_item_of_the_stream() {
+async fn error_held_back_by_next_chunk_is_the_next_item_of_the_stream() {
     let database = Database::with(
         "CREATE VIEW v AS SELECT CASE WHEN i = 3 THEN '{}' ELSE jsonb_build_object('id', i) END AS data FROM generate_series(0, 9) i",
     );

@@ -1,4 +1,5 @@
-//! Streams and the tokio runtime: nothing panics or hangs when it goes, and a stream may be used outside of it.
+//! Streams and the tokio runtime: nothing panics or hangs when the runtime shuts down, and a stream can be used
+//! outside of it.
 
 use std::sync::{Mutex, Once, PoisonError, mpsc};
 use std::time::{Duration, Instant};
@@ -9,14 +10,14 @@ use serde_json::Value;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::server::{
-    Admin, Database, Doc, ENDLESS, SILENT, SOON, assert_unbroken, backend_of, connect, read_all, trickle,
+    Admin, Database, Doc, ENDLESS, SILENT, SOON, assert_consecutive, backend_pid, connect, read_all, trickle,
 };
 
-/// The names of threads on which something panicked, and what it said.
+/// The thread name and the message of each panic.
 static PANICS: Mutex<Vec<(String, String)>> = Mutex::new(Vec::new());
 
-/// Tokio swallows the panics of tasks; this keeps them.
-fn keep_panics() {
+/// Records panics, because tokio swallows those of tasks.
+fn record_panics() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let before = std::panic::take_hook();
@@ -28,10 +29,10 @@ fn keep_panics() {
     });
 }
 
-/// Runs `work` on a thread named `name`. Fails if it hangs, or if anything panics on a thread of that name,
-/// which is also that of its runtime's workers.
-fn without_panic_or_hang(name: &'static str, work: impl FnOnce() + Send + 'static) {
-    keep_panics();
+/// Runs `work` on a thread named `name`. Fails if it hangs, or if a thread of that name panics; `work` uses the name
+/// for the workers of its runtime, too.
+fn assert_no_panic_or_hang(name: &'static str, work: impl FnOnce() + Send + 'static) {
+    record_panics();
     let (done, ended) = mpsc::channel();
     let work = move || {
         work();
@@ -39,11 +40,11 @@ fn without_panic_or_hang(name: &'static str, work: impl FnOnce() + Send + 'stati
     };
     std::thread::Builder::new().name(name.to_owned()).spawn(work).unwrap();
     let outcome = ended.recv_timeout(SOON);
-    // Not under the lock: the hook takes it when an assertion fails.
+    // Cloned to release the lock: the hook takes it when an assertion fails.
     let mut ours = PANICS.lock().unwrap_or_else(PoisonError::into_inner).clone();
     ours.retain(|(thread, _)| thread == name);
     assert!(ours.is_empty(), "{ours:?}");
-    assert!(outcome.is_ok(), "it hangs");
+    assert!(outcome.is_ok(), "still running after {SOON:?}");
 }
 
 fn multi_thread(name: &str) -> Runtime {
@@ -62,7 +63,7 @@ fn database() -> Database {
     Database::with(&format!("{ENDLESS} {SILENT} {}", trickle("slow", 50, 0.003)))
 }
 
-/// A stream in the midst of its work.
+/// Starts a stream and reads its first rows.
 async fn streaming(url: &str) -> JsonStream<Doc> {
     let mut stream = connect(url).await.into_query::<Doc>("endless").stream().await.unwrap();
     for id in 0..10 {
@@ -71,22 +72,22 @@ async fn streaming(url: &str) -> JsonStream<Doc> {
     stream
 }
 
-/// A stream of a query that is silent, and known to run.
+/// Starts a stream and waits until its query, which sends no row, is running.
 async fn silent(url: &str) -> JsonStream<Value> {
     let admin = Admin::connect(url).await;
     let mut db = connect(url).await;
-    let pid = backend_of(&mut db).await;
+    let pid = backend_pid(&mut db).await;
     let stream = db.into_query::<Value>("silent").stream().await.unwrap();
     admin.until_waits_for(pid, "Timeout").await;
     stream
 }
 
 #[test]
-fn a_runtime_may_go_before_its_streams() {
+fn runtime_can_shut_down_before_its_streams_are_dropped() {
     let url = database().url;
     for make in RUNTIMES {
         let url = url.clone();
-        without_panic_or_hang("runtime-first", move || {
+        assert_no_panic_or_hang("runtime-first", move || {
             let runtime = make("runtime-first");
             let one = runtime.block_on(streaming(&url));
             let two = runtime.block_on(silent(&url));
@@ -98,17 +99,17 @@ fn a_runtime_may_go_before_its_streams() {
 }
 
 #[test]
-fn a_runtime_may_go_together_with_tasks_that_hold_streams() {
+fn runtime_can_shut_down_with_tasks_that_hold_streams() {
     let url = database().url;
     for make in RUNTIMES {
         let url = url.clone();
-        without_panic_or_hang("runtime-with-tasks", move || {
+        assert_no_panic_or_hang("runtime-with-tasks", move || {
             let runtime = make("runtime-with-tasks");
             let mut one = runtime.block_on(streaming(&url));
             let mut two = runtime.block_on(silent(&url));
             runtime.spawn(async move { read_all(&mut one).await });
             runtime.spawn(async move { read_all(&mut two).await });
-            // Both are in the midst of it.
+            // Lets both tasks read for a while.
             runtime.block_on(async { tokio::time::sleep(Duration::from_millis(20)).await });
             drop(runtime);
         });
@@ -116,12 +117,12 @@ fn a_runtime_may_go_together_with_tasks_that_hold_streams() {
 }
 
 #[test]
-fn a_runtime_may_go_while_a_cancel_is_under_way() {
+fn runtime_can_shut_down_during_a_cancel() {
     let url = database().url;
     for make in RUNTIMES {
         for _ in 0..5 {
             let url = url.clone();
-            without_panic_or_hang("runtime-in-cancel", move || {
+            assert_no_panic_or_hang("runtime-in-cancel", move || {
                 let runtime = make("runtime-in-cancel");
                 let (one, two) = (runtime.block_on(streaming(&url)), runtime.block_on(silent(&url)));
                 drop((one, two));
@@ -132,11 +133,11 @@ fn a_runtime_may_go_while_a_cancel_is_under_way() {
 }
 
 #[test]
-fn a_runtime_may_be_shut_down_in_the_background() {
+fn runtime_can_shut_down_in_the_background() {
     let url = database().url;
     for make in RUNTIMES {
         let url = url.clone();
-        without_panic_or_hang("runtime-background", move || {
+        assert_no_panic_or_hang("runtime-background", move || {
             let runtime = make("runtime-background");
             let (one, two) = (runtime.block_on(streaming(&url)), runtime.block_on(silent(&url)));
             runtime.shutdown_background();
@@ -145,16 +146,16 @@ fn a_runtime_may_be_shut_down_in_the_background() {
     }
 }
 
-/// Reads on without a runtime: what lies in the channel, and then not a quiet end.
+/// Reads on without a runtime: first the rows in the channel, then an error instead of a normal end.
 fn assert_lost(mut stream: JsonStream<Doc>) {
     let mut rows: Vec<Doc> = (0..10).map(|id| Doc { id }).collect();
     let error = loop {
-        match futures::executor::block_on(stream.next()).expect("never a quiet end") {
+        match futures::executor::block_on(stream.next()).expect("the stream must fail") {
             Ok(row) => rows.push(row),
             Err(error) => break error,
         }
     };
-    assert_unbroken(&rows);
+    assert_consecutive(&rows);
     assert!(rows.len() < 1_000_000);
     assert!(matches!(error.kind(), ErrorKind::Lost | ErrorKind::Disconnected), "{error:?}");
     assert!(error.to_string().starts_with("endless: "), "{error}");
@@ -165,11 +166,11 @@ fn assert_lost(mut stream: JsonStream<Doc>) {
 }
 
 #[test]
-fn a_stream_whose_runtime_has_gone_ends_with_an_error() {
+fn stream_fails_after_its_runtime_has_shut_down() {
     let url = database().url;
     for make in RUNTIMES {
         let url = url.clone();
-        without_panic_or_hang("runtime-lost", move || {
+        assert_no_panic_or_hang("runtime-lost", move || {
             let runtime = make("runtime-lost");
             let stream = runtime.block_on(streaming(&url));
             drop(runtime);
@@ -179,9 +180,9 @@ fn a_stream_whose_runtime_has_gone_ends_with_an_error() {
 }
 
 #[test]
-fn a_stream_polled_elsewhere_while_its_runtime_goes_ends_with_an_error() {
+fn stream_polled_elsewhere_fails_when_its_runtime_shuts_down() {
     let url = database().url;
-    without_panic_or_hang("runtime-lost-in-wait", move || {
+    assert_no_panic_or_hang("runtime-lost-in-wait", move || {
         let (home, elsewhere) = (multi_thread("runtime-lost-in-wait"), current_thread(""));
         let mut stream = home.block_on(silent(&url));
         let observer = stream.observer();
@@ -192,13 +193,13 @@ fn a_stream_polled_elsewhere_while_its_runtime_goes_ends_with_an_error() {
             assert!(start.elapsed() < SOON);
         }
         drop(home);
-        let error = reader.join().unwrap().expect("never a quiet end").unwrap_err();
+        let error = reader.join().unwrap().expect("the stream must fail").unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::Lost | ErrorKind::Disconnected), "{error:?}");
     });
 }
 
 #[test]
-fn a_stream_may_be_polled_without_a_runtime() {
+fn stream_can_be_polled_without_a_runtime() {
     let database = database();
     let home = multi_thread("home");
     for entity in ["slow", "endless"] {
@@ -210,16 +211,16 @@ fn a_stream_may_be_polled_without_a_runtime() {
             rows.push(row.unwrap());
         }
         assert_eq!(rows.len(), if entity == "slow" { 50 } else { 20_000 });
-        assert_unbroken(&rows);
+        assert_consecutive(&rows);
     }
 }
 
 #[test]
-fn a_stream_may_be_dropped_without_a_runtime_and_is_cancelled_all_the_same() {
+fn stream_dropped_without_a_runtime_is_cancelled() {
     let database = database();
     let home = multi_thread("home");
     let (admin, mut db) = home.block_on(async { (database.admin().await, database.connect().await) });
-    let pid = home.block_on(backend_of(&mut db));
+    let pid = home.block_on(backend_pid(&mut db));
     let stream = home.block_on(db.query::<Value>("silent").stream()).unwrap();
     home.block_on(admin.until_waits_for(pid, "Timeout"));
     let dropped = Instant::now();
@@ -229,7 +230,7 @@ fn a_stream_may_be_dropped_without_a_runtime_and_is_cancelled_all_the_same() {
 }
 
 #[test]
-fn a_connection_whose_runtime_has_gone_is_closed() {
+fn connection_is_closed_after_its_runtime_has_shut_down() {
     let database = database();
     let home = multi_thread("home");
     let mut db = home.block_on(database.connect());
@@ -239,22 +240,22 @@ fn a_connection_whose_runtime_has_gone_is_closed() {
     let error = elsewhere.block_on(db.query::<Doc>("endless").stream()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Disconnected);
     let mut again: Connection = elsewhere.block_on(database.connect());
-    assert!(elsewhere.block_on(backend_of(&mut again)) > 0);
+    assert!(elsewhere.block_on(backend_pid(&mut again)) > 0);
 }
 
 #[test]
-fn a_connection_whose_query_was_lost_with_a_runtime_is_closed_and_does_not_hang() {
+fn connection_whose_query_was_lost_with_a_runtime_is_closed_and_does_not_hang() {
     let database = database();
-    without_panic_or_hang("query-lost", move || {
+    assert_no_panic_or_hang("query-lost", move || {
         let (home, brief) = (multi_thread("query-lost"), current_thread(""));
         let (admin, mut db) = home.block_on(async { (database.admin().await, database.connect().await) });
-        let pid = home.block_on(backend_of(&mut db));
+        let pid = home.block_on(backend_pid(&mut db));
         let stream = brief.block_on(async {
             let stream = db.query::<Value>("silent").stream().await.unwrap();
             admin.until_waits_for(pid, "Timeout").await;
             stream
         });
-        // With it goes the task that reads, before the query has ended.
+        // This also ends the task that reads the rows, before the query has ended.
         drop(brief);
         drop(stream);
         assert!(db.is_closed());

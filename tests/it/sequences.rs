@@ -1,4 +1,4 @@
-//! Calls of a stream in any order give its rows, each once and in order, and leave a clean connection.
+//! Calls on a stream in any order return each row once and in order, and leave a clean connection.
 
 use std::task::Poll;
 use std::time::Duration;
@@ -8,8 +8,8 @@ use futures_util::{FutureExt, StreamExt};
 
 use crate::server::{Database, Doc, Random, SOON, connect, trickle, within};
 
-/// The relations have documents 0, 1, 2, ...; those of `odd` that end in 7 are no `Doc`, and `fails` ends with an
-/// error of Postgres.
+/// The relations have documents 0, 1, 2, ...; those of `odd` that end in 7 do not decode, and `fails` ends with a
+/// Postgres error.
 fn database() -> Database {
     let odd = "CREATE VIEW odd AS SELECT CASE WHEN i % 10 = 7 THEN '{}' ELSE jsonb_build_object('id', i, 'pad', repeat('x', i % 300)) END AS data FROM generate_series(0, 1499) i;";
     let fails = "CREATE VIEW fails AS SELECT jsonb_build_object('id', i, 'one', 1 / least(1, 700 - i)) AS data FROM generate_series(0, 999) i;";
@@ -20,11 +20,11 @@ fn database() -> Database {
 
 const RELATIONS: [&str; 5] = ["odd", "fails", "single", "empty", "slow"];
 
-/// What a stream gives out next.
+/// An item of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Item {
     Row(u64),
-    /// The row of this number is no `Doc`.
+    /// The row with this number does not decode.
     Bad(u64),
     Failure,
     End,
@@ -44,7 +44,7 @@ impl Item {
     }
 }
 
-/// All items of a relation whose rows pass the predicate.
+/// Returns all items of a relation, without the rows that the predicate rejects.
 fn expected(relation: &str, is_filtered: bool) -> Vec<Item> {
     let rows = match relation {
         "odd" => 1500,
@@ -59,16 +59,17 @@ fn expected(relation: &str, is_filtered: bool) -> Vec<Item> {
     (0..rows).map(row).filter(passes).chain([end]).collect()
 }
 
-/// A stream, and what is known of it.
+/// A stream and its expected items.
 struct Model {
     stream: JsonStream<Doc>,
     expected: Vec<Item>,
-    given: usize,
+    /// The number of items returned so far.
+    returned: usize,
     last_elapsed: Duration,
 }
 
 impl Model {
-    async fn begin(db: Connection, random: &mut Random) -> Self {
+    async fn start(db: Connection, random: &mut Random) -> Self {
         let relation = RELATIONS[usize::try_from(random.below(5)).unwrap()];
         let is_filtered = random.below(3) == 0;
         let mut query = db.into_query::<Doc>(relation);
@@ -82,30 +83,30 @@ impl Model {
             query = query.max_memory(2000);
         }
         let stream = within(SOON, query.stream()).await.unwrap();
-        Self { stream, expected: expected(relation, is_filtered), given: 0, last_elapsed: Duration::ZERO }
+        Self { stream, expected: expected(relation, is_filtered), returned: 0, last_elapsed: Duration::ZERO }
     }
 
     fn is_over(&self) -> bool {
-        self.given == self.expected.len()
+        self.returned == self.expected.len()
     }
 
-    /// The stream gave this out.
-    fn gave(&mut self, item: Item) {
-        let expected = self.expected.get(self.given).copied().unwrap_or(Item::End);
-        assert_eq!(item, expected, "item {} of {:?}", self.given, self.stream.stats());
-        self.given = self.expected.len().min(self.given + 1);
+    /// Checks the item that the stream has just returned.
+    fn check_item(&mut self, item: Item) {
+        let expected = self.expected.get(self.returned).copied().unwrap_or(Item::End);
+        assert_eq!(item, expected, "item {} of {:?}", self.returned, self.stream.stats());
+        self.returned = self.expected.len().min(self.returned + 1);
     }
 
-    fn gave_chunk(&mut self, chunk: Result<Option<Vec<Doc>>, Error>) {
+    fn check_chunk(&mut self, chunk: Result<Option<Vec<Doc>>, Error>) {
         match chunk {
             Ok(Some(rows)) => {
                 assert!(!rows.is_empty());
                 for row in rows {
-                    self.gave(Item::of(Some(Ok(row))));
+                    self.check_item(Item::of(Some(Ok(row))));
                 }
             }
-            Ok(None) => self.gave(Item::End),
-            Err(error) => self.gave(Item::of(Some(Err(error)))),
+            Ok(None) => self.check_item(Item::End),
+            Err(error) => self.check_item(Item::of(Some(Err(error)))),
         }
     }
 
@@ -114,21 +115,21 @@ impl Model {
             0..=2 => self.next(random.below(150)).await,
             3 => {
                 if let Some(item) = self.stream.next().now_or_never() {
-                    self.gave(Item::of(item));
+                    self.check_item(Item::of(item));
                 }
             }
             4 => {
                 while let Poll::Ready(Some(row)) = self.stream.next_ready() {
-                    self.gave(Item::of(Some(row)));
+                    self.check_item(Item::of(Some(row)));
                 }
             }
             5 => {
                 let chunk = within(SOON, self.stream.next_chunk()).await;
-                self.gave_chunk(chunk);
+                self.check_chunk(chunk);
             }
             6 => {
                 if let Some(chunk) = self.stream.next_chunk().now_or_never() {
-                    self.gave_chunk(chunk);
+                    self.check_chunk(chunk);
                 }
             }
             7 => self.stream.pause(),
@@ -143,7 +144,7 @@ impl Model {
     async fn next(&mut self, times: u64) {
         for _ in 0..times {
             let item = within(SOON, self.stream.next()).await;
-            self.gave(Item::of(item));
+            self.check_item(Item::of(item));
         }
     }
 
@@ -160,8 +161,8 @@ impl Model {
         assert_adds_up(&stats);
         assert!(stats.elapsed >= self.last_elapsed, "{stats:?}");
         self.last_elapsed = stats.elapsed;
-        let given = &self.expected[..self.given];
-        let rows = given.iter().filter(|item| matches!(item, Item::Row(_))).count();
+        let returned = &self.expected[..self.returned];
+        let rows = returned.iter().filter(|item| matches!(item, Item::Row(_))).count();
         assert_eq!(stats.rows, rows as u64, "{stats:?}");
         if self.is_over() {
             assert!(self.stream.observer().is_ended());
@@ -169,13 +170,13 @@ impl Model {
         }
     }
 
-    /// Ends the stream in one of all ways.
+    /// Closes the stream, drains it, reads it to its end, or drops it.
     async fn end(mut self, random: &mut Random) -> Option<Connection> {
         match random.below(4) {
             0 => Some(within(SOON, self.stream.close()).await.unwrap()),
             1 => Some(self.drain().await),
             2 => {
-                self.next((self.expected.len() - self.given) as u64 + 2).await;
+                self.next((self.expected.len() - self.returned) as u64 + 2).await;
                 self.check_stats();
                 Some(within(SOON, self.stream.close()).await.unwrap())
             }
@@ -210,7 +211,7 @@ fn assert_adds_up(stats: &Stats) {
     }
 }
 
-/// Looks at a stream from a thread of its own until it has ended.
+/// Checks the statistics from a separate thread until the stream ends.
 fn watch(observer: Observer) -> std::thread::JoinHandle<()> {
     std::thread::spawn(move || {
         let mut elapsed = Duration::ZERO;
@@ -224,8 +225,8 @@ fn watch(observer: Observer) -> std::thread::JoinHandle<()> {
     })
 }
 
-/// One stream after the other on one connection, each used at random.
-async fn use_at_random(url: String, seed: u64, streams: u32) {
+/// Runs streams one after another on one connection, with random calls on each.
+async fn call_at_random(url: String, seed: u64, streams: u32) {
     let mut random = Random(seed);
     let mut db = Some(connect(&url).await);
     for _ in 0..streams {
@@ -233,7 +234,7 @@ async fn use_at_random(url: String, seed: u64, streams: u32) {
             Some(db) => db,
             None => connect(&url).await,
         };
-        let mut model = Model::begin(connection, &mut random).await;
+        let mut model = Model::start(connection, &mut random).await;
         let watcher = (random.below(4) == 0).then(|| watch(model.stream.observer()));
         for _ in 0..random.below(25) {
             model = model.step(&mut random).await;
@@ -248,10 +249,10 @@ async fn use_at_random(url: String, seed: u64, streams: u32) {
 
 const STREAMS: u32 = 40;
 
-async fn use_many_at_random(first_seed: u64) {
+async fn call_many_at_random(first_seed: u64) {
     let database = database();
     let tasks: Vec<_> = (first_seed..first_seed + 6)
-        .map(|seed| tokio::spawn(use_at_random(database.url.clone(), seed, STREAMS)))
+        .map(|seed| tokio::spawn(call_at_random(database.url.clone(), seed, STREAMS)))
         .collect();
     for (task, seed) in tasks.into_iter().zip(first_seed..) {
         task.await.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
@@ -259,11 +260,11 @@ async fn use_many_at_random(first_seed: u64) {
 }
 
 #[tokio::test]
-async fn calls_in_any_order_give_each_row_once() {
-    use_many_at_random(100).await;
+async fn calls_in_any_order_return_each_row_once() {
+    call_many_at_random(100).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
-async fn calls_in_any_order_give_each_row_once_on_three_threads() {
-    use_many_at_random(200).await;
+async fn calls_in_any_order_return_each_row_once_on_three_threads() {
+    call_many_at_random(200).await;
 }

@@ -1,4 +1,5 @@
-//! One private Postgres for all tests of this binary, a database for each test, and what tests wait by.
+//! The Postgres server that all tests of this binary share, a database for each test, and helpers to wait for
+//! conditions.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,37 +11,37 @@ use fraiseql_stream::{Connection, Error, FromJson, JsonStream};
 use futures_util::StreamExt;
 use serde::Deserialize;
 
-/// What takes longer than this hangs.
+/// Anything that takes longer is considered hung.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
-/// A view that sends nothing for an hour.
+/// A view that sends no row for an hour.
 pub(crate) const SILENT: &str =
     "CREATE VIEW silent AS SELECT jsonb_build_object('slept', pg_sleep(3600)::text) AS data;";
 
-/// A view of a million small documents, which Postgres makes faster than a test reads them.
+/// A view of a million small documents, which Postgres produces faster than a test reads them.
 pub(crate) const ENDLESS: &str = "CREATE VIEW endless AS SELECT jsonb_build_object('id', i, 'pad', repeat('x', 100)) AS data FROM generate_series(0, 999999) i;";
 
-/// The document of nearly all tests.
+/// The document type of nearly all tests.
 #[derive(Debug, Deserialize, PartialEq)]
 pub(crate) struct Doc {
     pub(crate) id: u64,
 }
 
-/// The server that the tests of this binary share. It goes away with the process.
+/// Returns the server that the tests of this binary share. It stops with the process.
 pub(crate) fn shared() -> &'static Postgres {
     static SERVER: OnceLock<Postgres> = OnceLock::new();
     SERVER.get_or_init(|| {
         let settings = Postgres::builder().set("max_connections", "200");
-        settings.start().unwrap_or_else(|error| panic!("no Postgres for the tests: {error}"))
+        settings.start().unwrap_or_else(|error| panic!("cannot start Postgres for the tests: {error}"))
     })
 }
 
-/// A server that its test may kill.
+/// Starts a separate server, which the test may stop or kill.
 pub(crate) fn private() -> Postgres {
-    Postgres::start().unwrap_or_else(|error| panic!("no Postgres for the test: {error}"))
+    Postgres::start().unwrap_or_else(|error| panic!("cannot start Postgres for the test: {error}"))
 }
 
-/// A database of one test's own.
+/// A database for one test.
 #[derive(Debug)]
 pub(crate) struct Database {
     pub(crate) name: String,
@@ -48,7 +49,7 @@ pub(crate) struct Database {
 }
 
 impl Database {
-    /// Makes an empty database and runs `script` in it.
+    /// Creates an empty database and runs `script` in it.
     pub(crate) fn with(script: &str) -> Self {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let name = format!("it_{}", NUMBER.fetch_add(1, Ordering::Relaxed));
@@ -62,7 +63,7 @@ impl Database {
         shared().psql(&self.name, script).unwrap_or_else(|error| panic!("{error}"))
     }
 
-    /// The connection string by way of the Unix socket.
+    /// Returns the connection string for the Unix socket.
     pub(crate) fn socket(&self) -> String {
         let (dir, port) = (shared().socket_dir().display(), shared().port());
         format!("host={dir} port={port} user=postgres password={} dbname={}", shared().password(), self.name)
@@ -72,7 +73,7 @@ impl Database {
         connect(&self.url).await
     }
 
-    /// A second session, to look at the first one from outside.
+    /// Opens a second session to observe the first one from outside.
     pub(crate) async fn admin(&self) -> Admin {
         Admin::connect(&self.url).await
     }
@@ -82,7 +83,7 @@ pub(crate) async fn connect(url: &str) -> Connection {
     within(SOON, Connection::connect(url)).await.unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// A database with a table `t` of the documents `{"id": 0, "pad": "..."}`, ..., in order.
+/// Creates a database with a table `t` of the documents `{"id": 0, "pad": "..."}`, ..., in order.
 pub(crate) fn table(rows: usize, pad: usize) -> Database {
     Database::with(&table_script("t", rows, pad))
 }
@@ -93,25 +94,26 @@ pub(crate) fn table_script(name: &str, rows: usize, pad: usize) -> String {
     )
 }
 
-/// A view of `rows` documents, each sent by itself: Postgres takes `seconds` for a row and flushes it.
+/// Returns a script for a view of `rows` documents that are sent one by one: Postgres takes `seconds` per row and
+/// flushes each.
 pub(crate) fn trickle(name: &str, rows: usize, seconds: f64) -> String {
     format!(
         "CREATE VIEW {name} AS SELECT jsonb_build_object('id', i, 'slept', pg_sleep({seconds})::text, 'pad', repeat('x', 9000)) AS data FROM generate_series(0, {rows} - 1) i;"
     )
 }
 
-/// A session beside the one under test, by plain tokio-postgres.
+/// A plain tokio-postgres session next to the one under test.
 #[derive(Debug)]
 pub(crate) struct Admin {
     pub(crate) client: Client,
 }
 
-/// What `pg_stat_activity` says of a backend.
+/// A backend's entry in `pg_stat_activity`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Activity {
     pub(crate) state: String,
-    /// Such as `Lock`, `Client` or `Timeout`.
-    pub(crate) waits_for: String,
+    /// For example `Lock`, `Client` or `Timeout`.
+    pub(crate) wait_event_type: String,
 }
 
 impl Activity {
@@ -122,21 +124,21 @@ impl Activity {
 
 impl Admin {
     pub(crate) async fn connect(url: &str) -> Self {
-        let (client, wire) = tokio_postgres::connect(url, NoTls)
+        let (client, connection) = tokio_postgres::connect(url, NoTls)
             .await
-            .unwrap_or_else(|error| panic!("no second session: {error}"));
-        tokio::spawn(wire);
+            .unwrap_or_else(|error| panic!("cannot open a second session: {error}"));
+        tokio::spawn(connection);
         Self { client }
     }
 
-    /// `None` once the backend is gone.
+    /// Returns `None` once the backend is gone.
     pub(crate) async fn activity(&self, pid: i32) -> Option<Activity> {
         let text = "SELECT coalesce(state, ''), coalesce(wait_event_type, '') FROM pg_stat_activity WHERE pid = $1::int4";
         let row = self.client.query_opt(text, &[&pid]).await.unwrap_or_else(|error| panic!("{error}"))?;
-        Some(Activity { state: row.get(0), waits_for: row.get(1) })
+        Some(Activity { state: row.get(0), wait_event_type: row.get(1) })
     }
 
-    /// Waits until a backend is as wanted; the time that took.
+    /// Waits until the backend's activity satisfies `wanted`; returns the time that took.
     pub(crate) async fn until(&self, pid: i32, wanted: impl Fn(Option<&Activity>) -> bool) -> Duration {
         let start = Instant::now();
         loop {
@@ -144,28 +146,29 @@ impl Admin {
             if wanted(now.as_ref()) {
                 return start.elapsed();
             }
-            assert!(start.elapsed() < SOON, "backend {pid} stays {now:?}");
+            assert!(start.elapsed() < SOON, "backend {pid} is still {now:?}");
         }
     }
 
-    /// Waits until the backend works on a query, and in it on this.
-    pub(crate) async fn until_waits_for(&self, pid: i32, what: &str) {
-        self.until(pid, |now| now.is_some_and(|now| now.is_active() && now.waits_for == what)).await;
+    /// Waits until the backend runs a query and waits for an event of this type.
+    pub(crate) async fn until_waits_for(&self, pid: i32, event_type: &str) {
+        self.until(pid, |now| now.is_some_and(|now| now.is_active() && now.wait_event_type == event_type))
+            .await;
     }
 
-    /// Waits until the backend has sent the last byte of its answer.
+    /// Waits until the backend has sent its complete answer.
     pub(crate) async fn until_idle(&self, pid: i32) {
         self.until(pid, |now| now.is_some_and(|now| !now.is_active())).await;
     }
 
-    /// Waits until the backend has sent the last byte of its answer to a query on this entity. Its statement must
-    /// be prepared already, and the query before it another one.
+    /// Waits until the backend has sent its complete answer to a query on this entity. The statement must already
+    /// be prepared, and the previous query must be a different one.
     pub(crate) async fn until_answered(&self, pid: i32, entity: &str) {
         let text = "SELECT 1 FROM pg_stat_activity WHERE pid = $1 AND state <> 'active' AND query LIKE $2";
         let query = format!("SELECT data FROM \"{entity}\"%");
         let start = Instant::now();
         while self.client.query_opt(text, &[&pid, &query]).await.unwrap().is_none() {
-            assert!(start.elapsed() < SOON, "backend {pid} never answers to {entity}");
+            assert!(start.elapsed() < SOON, "backend {pid} does not finish the query on {entity}");
         }
     }
 
@@ -175,12 +178,12 @@ impl Admin {
     }
 }
 
-/// The process id of the connection's backend.
-pub(crate) async fn backend_of(db: &mut Connection) -> i32 {
+/// Returns the process id of the connection's backend.
+pub(crate) async fn backend_pid(db: &mut Connection) -> i32 {
     scalar(db, "SELECT pg_backend_pid()").await
 }
 
-/// One value, by the client below the connection.
+/// Queries a single value with the connection's client.
 pub(crate) async fn scalar<T>(db: &mut Connection, query: &str) -> T
 where
     T: for<'a> tokio_postgres::types::FromSql<'a>,
@@ -189,21 +192,21 @@ where
     within(SOON, client.query_one(query, &[])).await.unwrap_or_else(|error| panic!("{error}")).get(0)
 }
 
-/// Fails the test if `work` hangs.
+/// Fails the test if `work` takes longer than `limit`.
 pub(crate) async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> T {
-    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| panic!("this hangs: no end after {limit:?}"))
+    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| panic!("still running after {limit:?}"))
 }
 
-/// Asks until it holds, or the test fails.
+/// Waits until `holds` returns true; fails the test if that takes too long.
 pub(crate) async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let start = Instant::now();
     while !holds() {
-        assert!(start.elapsed() < SOON, "never: {what}");
+        assert!(start.elapsed() < SOON, "still not the case: {what}");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 
-/// All rows, and the error that ended the stream.
+/// Reads rows up to the end of the stream or its first error.
 pub(crate) async fn read_all<T, C>(stream: &mut JsonStream<T, C>) -> (Vec<T>, Option<Error>)
 where
     T: FromJson,
@@ -219,7 +222,7 @@ where
     }
 }
 
-/// All rows of a stream that ends well.
+/// Returns all rows of a stream; fails the test on an error.
 pub(crate) async fn rows_of<T, C>(mut stream: JsonStream<T, C>) -> Vec<T>
 where
     T: FromJson,
@@ -234,13 +237,13 @@ pub(crate) fn ids(rows: &[Doc]) -> Vec<u64> {
     rows.iter().map(|row| row.id).collect()
 }
 
-/// Fails unless the rows are 0, 1, 2, ...: none lost, none doubled, in order.
-pub(crate) fn assert_unbroken(rows: &[Doc]) {
-    let broken = rows.iter().zip(0..).find(|(row, id)| row.id != *id);
-    assert!(broken.is_none(), "row and number: {broken:?}");
+/// Fails unless the rows are 0, 1, 2, ...: none lost, none duplicated, in order.
+pub(crate) fn assert_consecutive(rows: &[Doc]) {
+    let mismatch = rows.iter().zip(0..).find(|(row, id)| row.id != *id);
+    assert!(mismatch.is_none(), "row and expected id: {mismatch:?}");
 }
 
-/// Everything that an error shows anywhere, its causes included.
+/// Returns everything that an error prints, its causes included.
 pub(crate) fn all_of(error: &Error) -> String {
     let mut text = format!("{error}\n{error:?}\n{error:#?}");
     let mut cause = std::error::Error::source(error);
@@ -251,7 +254,7 @@ pub(crate) fn all_of(error: &Error) -> String {
     text
 }
 
-/// Repeatable random numbers: splitmix64.
+/// Reproducible random numbers (splitmix64).
 #[derive(Debug)]
 pub(crate) struct Random(pub(crate) u64);
 

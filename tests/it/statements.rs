@@ -1,4 +1,4 @@
-//! Statements are prepared once and kept, and nobody notices but by the time that it saves.
+//! Statements are prepared once and cached; the only visible effect is the time saved.
 
 use fraiseql_stream::tokio_postgres::error::SqlState;
 use fraiseql_stream::tokio_postgres::types::ToSql;
@@ -11,19 +11,19 @@ use crate::server::{
     Database, Doc, ENDLESS, SOON, connect, ids, read_all, rows_of, scalar, table, table_script, within,
 };
 
-/// The statements of streams that the server keeps for a connection, and how often they were run.
-const KEPT: &str = "SELECT coalesce(string_agg(statement || ': ' || generic_plans + custom_plans, '; ' ORDER BY statement), '')
+/// Selects the statements of streams that are prepared on a connection, and how often each was run.
+const PREPARED: &str = "SELECT coalesce(string_agg(statement || ': ' || generic_plans + custom_plans, '; ' ORDER BY statement), '')
     FROM pg_prepared_statements WHERE statement LIKE 'SELECT data FROM%'";
 
-async fn kept(db: &mut Connection) -> String {
-    scalar(db, KEPT).await
+async fn prepared(db: &mut Connection) -> String {
+    scalar(db, PREPARED).await
 }
 
 async fn run(db: &mut Connection, script: &str) {
     within(SOON, within(SOON, db.client()).await.unwrap().batch_execute(script)).await.unwrap();
 }
 
-/// Runs a query; a failure may come before the stream begins, or as its first item.
+/// Runs a query, which may fail before the stream starts or with its first item.
 async fn outcome(query: Query<'_, Doc, &mut Connection>) -> Result<Vec<u64>, Error> {
     let mut stream = within(SOON, query.stream()).await?;
     match read_all(&mut stream).await {
@@ -36,7 +36,7 @@ fn all<'a>(db: &'a mut Connection, entity: &str) -> Query<'a, Doc, &'a mut Conne
     db.query(entity).order_by("data::jsonb")
 }
 
-/// The ids of an entity's rows up to some id.
+/// Returns the ids of an entity's rows up to `id`.
 async fn up_to(db: &mut Connection, entity: &str, id: i32) -> Vec<u64> {
     let query = db.query(entity).where_sql("(data->>'id')::int <= $1", &[&id]).order_by("data->>'id'");
     outcome(query).await.unwrap_or_else(|error| panic!("{error}"))
@@ -47,36 +47,36 @@ fn sqlstate(error: &Error) -> (ErrorKind, &str) {
 }
 
 #[tokio::test]
-async fn a_query_whose_text_was_run_before_takes_one_round_trip() {
+async fn repeated_query_takes_one_round_trip() {
     let (database, proxy) = (table(10, 0), Proxy::start().await);
     let mut db = connect(&proxy.url(&database)).await;
-    proxy.messages();
+    proxy.take_messages();
     assert_eq!(up_to(&mut db, "t", 2).await, [0, 1, 2]);
-    assert_eq!(proxy.messages(), "PDSBES", "it is prepared and run");
+    assert_eq!(proxy.take_messages(), "PDSBES", "prepared and run");
     for id in 0..8 {
         assert_eq!(up_to(&mut db, "t", id).await.len(), usize::try_from(id).unwrap() + 1);
-        assert_eq!(proxy.messages(), "BES", "it is run");
+        assert_eq!(proxy.take_messages(), "BES", "only run");
     }
-    assert!(kept(&mut db).await.ends_with(": 9"), "it is one statement");
+    assert!(prepared(&mut db).await.ends_with(": 9"), "a single statement");
 }
 
 #[tokio::test]
 async fn without_a_cache_each_query_is_prepared_and_closed() {
     let (database, proxy) = (table(10, 0), Proxy::start().await);
     let mut db = Connection::builder(&proxy.url(&database)).statement_cache(0).connect().await.unwrap();
-    proxy.messages();
+    proxy.take_messages();
     for _ in 0..3 {
         assert_eq!(up_to(&mut db, "t", 2).await, [0, 1, 2]);
     }
     within(SOON, db.client()).await.unwrap();
-    // Whether the last one is on its way already is up to the runtime.
-    let messages = proxy.messages();
+    // Whether the last statement is closed already depends on the runtime.
+    let messages = proxy.take_messages();
     assert_eq!(messages.trim_end_matches("CS"), "PDSBESCSPDSBESCSPDSBES");
-    assert_eq!(kept(&mut db).await, "");
+    assert_eq!(prepared(&mut db).await, "");
 }
 
 #[tokio::test]
-async fn without_a_cache_no_statement_is_left_behind_however_its_stream_ends() {
+async fn without_a_cache_no_statement_is_left_behind_however_the_stream_ends() {
     let broken =
         "CREATE VIEW broken AS SELECT to_jsonb(1 / (i - 5)) AS data FROM generate_series(1, 9) i;
          CREATE VIEW broken_in_plan AS SELECT to_jsonb(1 / 0) AS data; CREATE VIEW number AS SELECT 1 AS data;";
@@ -87,25 +87,25 @@ async fn without_a_cache_no_statement_is_left_behind_however_its_stream_ends() {
         if let Ok(stream) = db.query::<Value>(entity).stream().await {
             within(SOON, stream.take(rows).count()).await;
         }
-        assert_eq!(kept(&mut db).await, "", "{entity}");
+        assert_eq!(prepared(&mut db).await, "", "{entity}");
     }
 }
 
 #[tokio::test]
-async fn the_least_recently_used_statement_makes_room() {
+async fn least_recently_used_statement_is_evicted() {
     let tables = ["a", "b", "c"].map(|name| table_script(name, 3, 0)).concat();
     let database = Database::with(&tables);
     let mut db = Connection::builder(&database.url).statement_cache(2).connect().await.unwrap();
     for entity in ["a", "b", "a", "c"] {
         assert_eq!(rows_of(db.query::<Doc>(entity).stream().await.unwrap()).await.len(), 3);
     }
-    assert_eq!(kept(&mut db).await, "SELECT data FROM \"a\": 2; SELECT data FROM \"c\": 1");
+    assert_eq!(prepared(&mut db).await, "SELECT data FROM \"a\": 2; SELECT data FROM \"c\": 1");
     assert_eq!(rows_of(db.query::<Doc>("b").stream().await.unwrap()).await.len(), 3);
-    assert_eq!(kept(&mut db).await, "SELECT data FROM \"b\": 1; SELECT data FROM \"c\": 1");
+    assert_eq!(prepared(&mut db).await, "SELECT data FROM \"b\": 1; SELECT data FROM \"c\": 1");
 }
 
 #[tokio::test]
-async fn a_statement_whose_stream_was_dropped_is_used_again() {
+async fn statement_of_a_dropped_stream_is_reused() {
     let database = Database::with(ENDLESS);
     let mut db = database.connect().await;
     for rows in [0, 1, 1_000, 0, 20_000] {
@@ -114,17 +114,17 @@ async fn a_statement_whose_stream_was_dropped_is_used_again() {
             assert_eq!(within(SOON, stream.next()).await.unwrap().unwrap().id, id);
         }
     }
-    assert_eq!(kept(&mut db).await, "SELECT data FROM \"endless\": 5");
+    assert_eq!(prepared(&mut db).await, "SELECT data FROM \"endless\": 5");
 }
 
 #[tokio::test]
-async fn values_change_from_run_to_run_and_may_be_null() {
+async fn values_may_change_between_runs_and_be_null() {
     let database = Database::with(
         "CREATE TABLE t AS SELECT i AS id, CASE WHEN i > 2 THEN 'n' || i END AS name, jsonb_build_object('id', i) AS data
              FROM generate_series(0, 4) i",
     );
     let mut db = database.connect().await;
-    // Often enough for a plan that does not look at the values.
+    // Often enough for Postgres to switch to a generic plan.
     for _ in 0..10 {
         for (name, expected) in
             [(None, vec![0, 1, 2]), (Some("n3"), vec![3]), (Some("n4"), vec![4]), (Some(""), vec![])]
@@ -134,16 +134,16 @@ async fn values_change_from_run_to_run_and_may_be_null() {
             assert_eq!(ids(&rows), expected, "{name:?}");
         }
     }
-    assert!(kept(&mut db).await.ends_with(": 40"));
+    assert!(prepared(&mut db).await.ends_with(": 40"));
 }
 
-/// Two documents in a table and a view, whose ids are 1 and 2.
+/// Tables and a view of two documents with the ids 1 and 2.
 const DOCUMENTS: &str = r#"CREATE TABLE t (data json, line int);
     INSERT INTO t VALUES ('{"id": 1}', 1), ('{"id": 2}', 2);
     CREATE VIEW v AS SELECT data::jsonb AS data FROM t; CREATE TABLE plain AS TABLE t;"#;
 
 #[tokio::test]
-async fn a_change_of_the_schema_between_two_runs_is_not_noticed() {
+async fn schema_change_between_two_runs_goes_unnoticed() {
     let database = Database::with(DOCUMENTS);
     let mut db = database.connect().await;
     let changes = [
@@ -167,25 +167,25 @@ async fn a_change_of_the_schema_between_two_runs_is_not_noticed() {
 }
 
 #[tokio::test]
-async fn statements_that_the_user_deallocates_are_prepared_again_unnoticed() {
+async fn deallocated_statements_are_prepared_again() {
     let (database, proxy) = (Database::with(DOCUMENTS), Proxy::start().await);
     let mut db = connect(&proxy.url(&database)).await;
     for script in ["DISCARD ALL", "DEALLOCATE ALL", "DISCARD PLANS"] {
         assert_eq!(up_to(&mut db, "t", 9).await, [1, 2]);
         run(&mut db, script).await;
         assert_eq!(up_to(&mut db, "t", 1).await, [1], "{script}");
-        // Sent after all that is sent for the old statement. The next stream waits for it.
+        // This is sent after everything for the old statement, and the next stream waits for it.
         run(&mut db, "SELECT 1").await;
-        proxy.messages();
+        proxy.take_messages();
         for expected in ["SBES", "BES"] {
             assert_eq!(up_to(&mut db, "t", 2).await, [1, 2], "{script}");
-            assert_eq!(proxy.messages(), expected, "after {script} it is kept again");
+            assert_eq!(proxy.take_messages(), expected, "cached again after {script}");
         }
     }
 }
 
 #[tokio::test]
-async fn a_statement_follows_the_search_path() {
+async fn statement_follows_the_search_path() {
     let database = Database::with(
         r#"CREATE SCHEMA one; CREATE SCHEMA two; CREATE SCHEMA none;
            CREATE TABLE one.doc AS SELECT '{"id": 1}'::jsonb AS data;
@@ -203,7 +203,7 @@ async fn a_statement_follows_the_search_path() {
 }
 
 #[tokio::test]
-async fn a_relation_that_is_gone_is_an_error_and_works_when_it_is_there_again() {
+async fn dropped_relation_is_an_error_until_it_is_created_again() {
     let database = Database::with(DOCUMENTS);
     let mut db = database.connect().await;
     for _ in 0..2 {
@@ -219,7 +219,7 @@ async fn a_relation_that_is_gone_is_an_error_and_works_when_it_is_there_again() 
 }
 
 #[tokio::test]
-async fn a_column_that_is_no_longer_json_is_refused_as_in_a_query_that_was_never_run() {
+async fn column_that_is_no_longer_json_is_rejected_as_in_a_new_query() {
     let database = Database::with(DOCUMENTS);
     let (mut db, mut other) = (database.connect().await, database.connect().await);
     assert_eq!(outcome(all(&mut db, "plain")).await.unwrap(), [1, 2]);
@@ -234,31 +234,31 @@ async fn a_column_that_is_no_longer_json_is_refused_as_in_a_query_that_was_never
     assert_eq!(outcome(all(&mut db, "plain")).await.unwrap(), [1, 2]);
 }
 
-fn of_line<'a>(db: &'a mut Connection, line: &'a (dyn ToSql + Sync)) -> Query<'a, Doc, &'a mut Connection> {
+fn with_line<'a>(db: &'a mut Connection, line: &'a (dyn ToSql + Sync)) -> Query<'a, Doc, &'a mut Connection> {
     all(db, "plain").where_sql("line = $1", &[line])
 }
 
 #[tokio::test]
-async fn a_parameter_whose_type_has_changed_takes_values_of_the_new_type() {
+async fn parameter_whose_type_has_changed_accepts_values_of_the_new_type() {
     let database = Database::with(DOCUMENTS);
     let mut db = database.connect().await;
-    assert_eq!(outcome(of_line(&mut db, &2_i32)).await.unwrap(), [2]);
+    assert_eq!(outcome(with_line(&mut db, &2_i32)).await.unwrap(), [2]);
     database.psql("ALTER TABLE plain ALTER line TYPE text");
     for _ in 0..2 {
-        assert_eq!(outcome(of_line(&mut db, &"2")).await.unwrap(), [2]);
+        assert_eq!(outcome(with_line(&mut db, &"2")).await.unwrap(), [2]);
     }
-    // As in a query that was never run.
-    let error = outcome(of_line(&mut db, &2_i32)).await.unwrap_err();
+    // As in a new query.
+    let error = outcome(with_line(&mut db, &2_i32)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Config);
     assert!(error.to_string().contains("parameter $1 is of type text in the query"), "{error}");
     database.psql("ALTER TABLE plain ALTER line TYPE int USING line::int");
     for _ in 0..2 {
-        assert_eq!(outcome(of_line(&mut db, &2_i32)).await.unwrap(), [2]);
+        assert_eq!(outcome(with_line(&mut db, &2_i32)).await.unwrap(), [2]);
     }
 }
 
 #[tokio::test]
-async fn a_change_of_the_schema_in_the_way_of_a_transaction_is_a_clear_error() {
+async fn schema_change_that_breaks_a_transaction_is_a_clear_error() {
     let database = Database::with(DOCUMENTS);
     let mut db = database.connect().await;
     for data in ["jsonb", "json"] {
@@ -272,7 +272,7 @@ async fn a_change_of_the_schema_in_the_way_of_a_transaction_is_a_clear_error() {
             text.contains("the schema changed after the statement was prepared; run the transaction again"),
             "{text}"
         );
-        // It was reported, and is not reported again.
+        // The change was reported once and is not reported again.
         let error = outcome(all(&mut db, "plain")).await.unwrap_err();
         assert_eq!(sqlstate(&error), (ErrorKind::Query, "25P02"));
         run(&mut db, "ROLLBACK; BEGIN; UPDATE t SET line = line + 1").await;
@@ -283,7 +283,7 @@ async fn a_change_of_the_schema_in_the_way_of_a_transaction_is_a_clear_error() {
 }
 
 #[tokio::test]
-async fn a_change_of_the_schema_that_a_transaction_can_live_with_is_not_noticed_in_it() {
+async fn schema_change_that_does_not_break_a_transaction_goes_unnoticed() {
     let database = Database::with(DOCUMENTS);
     let mut db = database.connect().await;
     for (entity, change) in [

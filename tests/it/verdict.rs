@@ -1,4 +1,4 @@
-//! The verdict: who was slow, said rightly.
+//! The verdict names the side that is slow.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +10,7 @@ use futures_util::StreamExt;
 use crate::server::{Database, Doc, SOON, read_all, table, trickle, within};
 
 #[tokio::test]
-async fn two_hundred_rows_read_at_10_ms_are_consumer_bound() {
+async fn consumer_that_takes_10_ms_per_row_is_consumer_bound() {
     let database = table(200, 50);
     let mut db = database.connect().await;
     let mut stream = db.query::<Doc>("t").stream().await.unwrap();
@@ -26,7 +26,7 @@ async fn two_hundred_rows_read_at_10_ms_are_consumer_bound() {
 }
 
 #[tokio::test]
-async fn a_slow_source_is_source_bound() {
+async fn slow_source_is_source_bound() {
     let database = Database::with(&trickle("slow", 200, 0.005));
     let mut db = database.connect().await;
     let mut stream = db.query::<Doc>("slow").stream().await.unwrap();
@@ -39,8 +39,8 @@ async fn a_slow_source_is_source_bound() {
 }
 
 #[tokio::test]
-async fn the_recent_verdict_follows_a_change_of_sides() {
-    // Fast at first and slowly read, then slow.
+async fn recent_verdict_follows_a_change_of_the_slow_side() {
+    // A fast source that is read slowly, and then a slow source.
     let database = Database::with(
         "CREATE VIEW v AS SELECT jsonb_build_object('id', i, 'pad', repeat('x', 9000), 'slept',
              CASE WHEN i >= 100 THEN pg_sleep(0.05)::text END) AS data FROM generate_series(0, 349) i",
@@ -54,17 +54,17 @@ async fn the_recent_verdict_follows_a_change_of_sides() {
     assert_eq!(stream.stats().verdict(), Verdict::ConsumerBound, "{:?}", stream.stats());
     let (rows, _) = read_all(&mut stream).await;
     assert_eq!(rows.len(), 250);
-    // The last ten seconds know nothing of the sleeps before.
+    // The last ten seconds no longer include the sleeps.
     let stats = stream.stats();
     assert_eq!(stats.recent().verdict(), Verdict::SourceBound, "{stats:?}");
     assert!(stats.recent().backlog < 0.05, "{stats:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_fast_consumer_of_300_000_rows_is_not_called_slow() {
+async fn fast_consumer_of_300_000_rows_is_not_reported_as_slow() {
     let database = table(300_000, 100);
     let db = database.connect().await;
-    // The bytes only: decoding without optimisation is slower than Postgres, and the verdict says so.
+    // Raw bytes only: without optimisation, decoding is slower than Postgres, and the verdict would say so.
     let mut stream = db.into_query::<RawJson>("t").stream().await.unwrap();
     let task = tokio::spawn(async move {
         while let Some(row) = stream.next().await {
@@ -82,9 +82,9 @@ async fn a_fast_consumer_of_300_000_rows_is_not_called_slow() {
 struct Hogs(Arc<AtomicBool>);
 
 impl Hogs {
-    fn start(number: u64) -> Self {
+    fn start(count: u64) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        for hog in 0..number {
+        for hog in 0..count {
             tokio::spawn(block(hog, Arc::clone(&stop)));
         }
         Self(stop)
@@ -94,7 +94,7 @@ impl Hogs {
 async fn block(mut turn: u64, stop: Arc<AtomicBool>) {
     while !stop.load(Ordering::Relaxed) {
         turn += 1;
-        // Blocking on purpose: that is the mistake to be found out.
+        // Blocks on purpose: this is the mistake that the verdict must report.
         std::thread::sleep(Duration::from_millis(20 + turn * 7 % 30));
         tokio::task::yield_now().await;
     }
@@ -106,7 +106,7 @@ impl Drop for Hogs {
     }
 }
 
-/// Reads as fast as it can for a second and a half.
+/// Reads as fast as possible for a second and a half.
 async fn read_for_a_while(mut stream: JsonStream<RawJson>) -> Stats {
     let start = Instant::now();
     while start.elapsed() < Duration::from_millis(1_500) {
@@ -117,7 +117,7 @@ async fn read_for_a_while(mut stream: JsonStream<RawJson>) -> Stats {
     stats
 }
 
-/// What a fast reader sees in a task of a starved runtime.
+/// Returns the statistics of a fast reader in a task of a starved runtime.
 async fn starved(database: &Database, hogs: u64) -> Stats {
     let stream = database.connect().await.into_query("endless").stream().await.unwrap();
     let _hogs = Hogs::start(hogs);
@@ -125,7 +125,7 @@ async fn starved(database: &Database, hogs: u64) -> Stats {
 }
 
 #[tokio::test]
-async fn a_starved_runtime_is_runtime_bound_for_the_future_of_block_on_too() {
+async fn starved_runtime_is_runtime_bound_in_the_future_of_block_on() {
     let database = Database::with(crate::server::ENDLESS);
     for hogs in [1, 4] {
         let stream = database.connect().await.into_query("endless").stream().await.unwrap();
@@ -137,7 +137,7 @@ async fn a_starved_runtime_is_runtime_bound_for_the_future_of_block_on_too() {
 }
 
 #[tokio::test]
-async fn a_starved_runtime_of_one_thread_is_runtime_bound() {
+async fn starved_runtime_of_one_thread_is_runtime_bound() {
     let database = Database::with(crate::server::ENDLESS);
     let stats = starved(&database, 1).await;
     assert_eq!(stats.verdict(), Verdict::RuntimeBound, "{stats:?}");
@@ -145,14 +145,14 @@ async fn a_starved_runtime_of_one_thread_is_runtime_bound() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_starved_runtime_of_two_threads_is_runtime_bound() {
+async fn starved_runtime_of_two_threads_is_runtime_bound() {
     let database = Database::with(crate::server::ENDLESS);
     let stats = starved(&database, 4).await;
     assert_eq!(stats.verdict(), Verdict::RuntimeBound, "{stats:?}");
 }
 
 #[tokio::test]
-async fn a_consumer_that_sleeps_under_a_statement_timeout_is_told_that_it_was_the_slow_one() {
+async fn statement_timeout_of_a_sleeping_consumer_is_reported_as_consumer_bound() {
     let database = Database::with(
         r#"CREATE VIEW big AS SELECT ('{"id":' || i || ',"pad":"' || repeat('x', 1000000) || '"}')::json AS data
            FROM generate_series(0, 999) i"#,
@@ -163,7 +163,7 @@ async fn a_consumer_that_sleeps_under_a_statement_timeout_is_told_that_it_was_th
     let start = Instant::now();
     let mut rows = 0;
     let error = loop {
-        match within(SOON, stream.next()).await.expect("never a quiet end") {
+        match within(SOON, stream.next()).await.expect("the stream must fail") {
             Ok(_) => rows += 1,
             Err(error) => break error,
         }

@@ -16,7 +16,7 @@ use super::ways::{Rows, Way};
 use crate::server::{SOON, connect, within};
 
 /// How long a consumer runs.
-const LIFE: Duration = Duration::from_millis(800);
+const RUN_TIME: Duration = Duration::from_millis(800);
 /// The maximum number of runs of a case while the machine is too busy for its setting to hold.
 const ATTEMPTS: usize = 4;
 
@@ -40,7 +40,7 @@ struct Outcome {
     live: Vec<Stats>,
     last: Vec<Stats>,
     /// The share of the time in which hogs blocked the runtime's threads.
-    held: f64,
+    blocked: f64,
     /// The share of the time for which the operating system woke a sleeping thread late.
     late: f64,
     ended: Result<(), JoinError>,
@@ -49,16 +49,16 @@ struct Outcome {
 impl Case {
     /// Runs the case and returns what is wrong with its outcome, if anything.
     ///
-    /// On a machine that is late itself, the runtime is starved in every setting. A failure then proves nothing, so
-    /// the case is run again; it still passes only with the right outcome.
+    /// On an overloaded machine, the runtime is starved in every setting. A failure then proves nothing, so the case
+    /// is run again; it still passes only with the expected outcome.
     pub(super) fn failure(&self) -> Option<String> {
         let mut failure = None;
         for _ in 0..ATTEMPTS {
             let outcome = self.run();
-            let Outcome { held, late, .. } = outcome;
-            let wrong = self.wrong(&outcome)?;
-            let state = format!("threads blocked {held:.2}, machine late {late:.2}");
-            failure = Some(format!("{self}: expected {}, {wrong}, {state}", self.expected));
+            let Outcome { blocked, late, .. } = outcome;
+            let mismatch = self.mismatch(&outcome)?;
+            let state = format!("threads blocked {blocked:.2}, machine late {late:.2}");
+            failure = Some(format!("{self}: expected {}, {mismatch}, {state}", self.expected));
             if late < 0.1 {
                 break;
             }
@@ -70,23 +70,24 @@ impl Case {
         let runtime = self.flavor.runtime();
         let streams = runtime.block_on(within(SOON, self.streams()));
         let observers: Vec<_> = streams.iter().map(Rows::observer).collect();
-        let look = || observers.iter().map(Observer::stats).collect();
-        let begun = Instant::now();
+        let read_stats = || observers.iter().map(Observer::stats).collect();
+        let started = Instant::now();
         let hogs = Hogs::default();
-        if let Setting::Starved(stint) = self.setting {
-            hogs.hold(&runtime, self.flavor.threads(), stint);
+        if let Setting::Starved(burst) = self.setting {
+            hogs.block(&runtime, self.flavor.threads(), burst);
         }
-        let consumer = self.way.start(streams, self.setting.work(begun + LIFE));
+        let consumer = self.way.start(streams, self.setting.work(started + RUN_TIME));
         let ((late, live), ended) = std::thread::scope(|scope| {
-            let watch = scope.spawn(|| (lateness(begun + LIFE * 7 / 8), look()));
+            let watch = scope.spawn(|| (lateness(started + RUN_TIME * 7 / 8), read_stats()));
             let ended = runtime.block_on(async { within(SOON, tokio::spawn(consumer)).await });
             (watch.join().unwrap_or_else(|_| panic!("{self}: no live stats")), ended)
         });
-        let held = hogs.stop().as_secs_f64() / self.flavor.threads() as f64 / begun.elapsed().as_secs_f64();
-        Outcome { live, last: look(), held, late, ended }
+        let blocked =
+            hogs.stop().as_secs_f64() / self.flavor.threads() as f64 / started.elapsed().as_secs_f64();
+        Outcome { live, last: read_stats(), blocked, late, ended }
     }
 
-    /// The streams, begun at the same time.
+    /// Starts the streams of the case at the same time.
     async fn streams(&self) -> Vec<Rows> {
         let mut connections = Vec::new();
         for _ in 0..self.way.streams() {
@@ -99,11 +100,11 @@ impl Case {
         streams.map(|stream| stream.unwrap_or_else(|error| panic!("{error}"))).collect()
     }
 
-    fn wrong(&self, outcome: &Outcome) -> Option<String> {
+    fn mismatch(&self, outcome: &Outcome) -> Option<String> {
         if let Err(error) = &outcome.ended {
             return Some(format!("but {error}"));
         }
-        if matches!(self.setting, Setting::Starved(_)) && outcome.held < 0.75 {
+        if matches!(self.setting, Setting::Starved(_)) && outcome.blocked < 0.75 {
             return Some("but it was not starved".to_owned());
         }
         let live = outcome.live.iter().map(|stats| ("live", stats));
@@ -120,13 +121,13 @@ impl Case {
 /// Sleeps in short naps until `until`; returns the share of the time for which it was woken late.
 fn lateness(until: Instant) -> f64 {
     const NAP: Duration = Duration::from_millis(2);
-    let (begun, mut late) = (Instant::now(), Duration::ZERO);
+    let (started, mut late) = (Instant::now(), Duration::ZERO);
     while Instant::now() < until {
         let asleep = Instant::now();
         std::thread::sleep(NAP);
         late += asleep.elapsed().saturating_sub(NAP);
     }
-    late.div_duration_f64(begun.elapsed())
+    late.div_duration_f64(started.elapsed())
 }
 
 /// Tasks that block the threads of a runtime.
@@ -134,21 +135,21 @@ fn lateness(until: Instant) -> f64 {
 struct Hogs {
     stop: Arc<AtomicBool>,
     /// The time for which they blocked threads, in nanoseconds.
-    held: Arc<AtomicU64>,
+    blocked: Arc<AtomicU64>,
 }
 
 impl Hogs {
     /// Blocks each thread for at least 80 ms between two turns of the runtime's other tasks.
-    fn hold(&self, runtime: &Runtime, threads: usize, stint: Duration) {
-        let turns = 80_u128.div_ceil(stint.as_millis()).max(2);
+    fn block(&self, runtime: &Runtime, threads: usize, burst: Duration) {
+        let turns = 80_u128.div_ceil(burst.as_millis()).max(2);
         for _ in (0..threads).flat_map(|_| 0..turns) {
-            runtime.spawn(hog(stint, Arc::clone(&self.stop), Arc::clone(&self.held)));
+            runtime.spawn(hog(burst, Arc::clone(&self.stop), Arc::clone(&self.blocked)));
         }
     }
 
     fn stop(&self) -> Duration {
         self.stop.store(true, Ordering::Relaxed);
-        Duration::from_nanos(self.held.load(Ordering::Relaxed))
+        Duration::from_nanos(self.blocked.load(Ordering::Relaxed))
     }
 }
 
@@ -159,13 +160,13 @@ impl Drop for Hogs {
     }
 }
 
-async fn hog(stint: Duration, stop: Arc<AtomicBool>, held: Arc<AtomicU64>) {
+async fn hog(burst: Duration, stop: Arc<AtomicBool>, blocked: Arc<AtomicU64>) {
     while !stop.load(Ordering::Relaxed) {
-        let begun = Instant::now();
+        let started = Instant::now();
         // Blocks on purpose: this is the mistake that the verdict must report.
-        std::thread::sleep(stint);
-        let took = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        held.fetch_add(took, Ordering::Relaxed);
+        std::thread::sleep(burst);
+        let took = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        blocked.fetch_add(took, Ordering::Relaxed);
         yield_now().await;
     }
 }

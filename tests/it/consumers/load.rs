@@ -11,8 +11,8 @@ use super::table::{BOTH, Flavor};
 use super::ways::Rows;
 use crate::server::{SOON, connect, within};
 
-/// Consumes batches, 0.3 ms a row, until the stream fails; returns the error.
-async fn error_of_batches(rows: Rows) -> Error {
+/// Consumes batches at 0.3 ms per row until the stream fails. Returns the error.
+async fn consume_batches_until_error(rows: Rows) -> Error {
     let mut batches = rows.ready_chunks(1_000);
     loop {
         let batch = batches.next().await.expect("the stream ended without an error");
@@ -25,13 +25,13 @@ async fn error_of_batches(rows: Rows) -> Error {
 }
 
 #[test]
-fn a_statement_timeout_of_a_slow_batching_consumer_says_consumer_bound() {
-    // The Unix socket buffers little, so the error comes soon after the timeout.
+fn statement_timeout_of_a_slow_batching_consumer_is_consumer_bound() {
+    // The Unix socket buffers little, so the error arrives soon after the timeout.
     let url = format!("{} options='-c statement_timeout=1000'", sources::socket());
     for flavor in BOTH {
         let error = flavor.runtime().block_on(async {
             let rows = connect(&url).await.into_query("fast").stream().await.unwrap();
-            within(SOON, error_of_batches(rows)).await
+            within(SOON, consume_batches_until_error(rows)).await
         });
         let text = error.to_string();
         assert_eq!((error.kind(), error.sqlstate().unwrap().code()), (ErrorKind::Query, "57014"), "{text}");
@@ -41,12 +41,12 @@ fn a_statement_timeout_of_a_slow_batching_consumer_says_consumer_bound() {
     }
 }
 
-/// Uses the CPU for 20 us on each row until `until`.
+/// Spends 20 us of CPU time on each row until `until`.
 async fn spin_for_each(mut rows: Rows, until: Instant) -> Stats {
     while Instant::now() < until {
         rows.next().await.unwrap().unwrap();
-        let begun = Instant::now();
-        while begun.elapsed() < Duration::from_micros(20) {
+        let started = Instant::now();
+        while started.elapsed() < Duration::from_micros(20) {
             std::hint::spin_loop();
         }
     }
@@ -54,7 +54,7 @@ async fn spin_for_each(mut rows: Rows, until: Instant) -> Stats {
 }
 
 #[test]
-fn fifty_streams_on_two_threads_are_not_balanced_while_they_wait() {
+fn fifty_waiting_streams_on_two_threads_are_not_balanced() {
     let runtime = Flavor::MultiThread.runtime();
     let all: Vec<Stats> = runtime.block_on(async {
         let mut connecting = JoinSet::new();
@@ -74,8 +74,8 @@ fn fifty_streams_on_two_threads_are_not_balanced_while_they_wait() {
         shares.backlog + shares.source_wait + shares.scheduled > 0.5
     };
     let waiting: Vec<_> = all.iter().filter(|stats| waits(stats)).collect();
-    assert!(waiting.len() > 25, "two threads for fifty streams, and only {} of them wait", waiting.len());
-    // The line names a side and its share; and what all of them wait for most is a thread to run on.
+    assert!(waiting.len() > 25, "fifty streams share two threads, but only {} of them wait", waiting.len());
+    // Their statistics mention the runtime, and most of them wait for a thread longer than for anything else.
     let unnamed = waiting.iter().find(|stats| !stats.to_string().contains("runtime"));
     assert!(unnamed.is_none(), "{unnamed:?}");
     let short_of_threads = waiting.iter().filter(|stats| {

@@ -21,8 +21,8 @@ impl Occupancy {
     /// The share of poll batches in the buckets whose upper bound satisfies `wanted`.
     fn share(&self, wanted: impl Fn(f64) -> bool) -> f64 {
         let all: u64 = self.0.iter().map(|(_, count)| count).sum();
-        let those: u64 = self.0.iter().filter(|(bound, _)| wanted(*bound)).map(|(_, count)| count).sum();
-        those as f64 / all as f64
+        let matching: u64 = self.0.iter().filter(|(bound, _)| wanted(*bound)).map(|(_, count)| count).sum();
+        matching as f64 / all as f64
     }
 }
 
@@ -37,8 +37,8 @@ fn exported(exporter: &InMemoryMetricExporter) -> Occupancy {
     Occupancy(point.bounds().chain([f64::INFINITY]).zip(point.bucket_counts()).collect())
 }
 
-/// Consumes `entity` for a second and returns what the poll batches found.
-fn found(flavor: Flavor, way: Way, entity: &str, each: Duration) -> Occupancy {
+/// Consumes `entity` for a second and returns how full the poll batches found the channel.
+fn measure(flavor: Flavor, way: Way, entity: &str, each: Duration) -> Occupancy {
     let exporter = InMemoryMetricExporter::default();
     let reader = PeriodicReader::builder(exporter.clone()).with_interval(Duration::from_secs(3_600)).build();
     let meters = SdkMeterProvider::builder().with_reader(reader).build();
@@ -55,12 +55,12 @@ fn found(flavor: Flavor, way: Way, entity: &str, each: Duration) -> Occupancy {
 }
 
 #[test]
-fn a_consumer_that_comes_back_late_finds_a_full_channel() {
-    // Small rows fill chunks of 128. Of the two chunks in a full channel, the first is found among 256 rows,
-    // the second, right after it, among 128.
+fn consumer_that_returns_late_finds_a_full_channel() {
+    // Small rows fill chunks of 128, so a full channel holds two. The poll batch that takes the first chunk finds 256
+    // rows, and the next one, right after it, finds 128.
     for flavor in BOTH {
         for way in [READY_CHUNKS_1000, RESPONSE_BODY] {
-            let occupancy = found(flavor, way, "small", Duration::from_micros(100));
+            let occupancy = measure(flavor, way, "small", Duration::from_micros(100));
             let (full, empty) =
                 (occupancy.share(|bound| bound > 200.0), occupancy.share(|bound| bound == 0.0));
             let seen = format!("{}, {flavor}: {full:.2} full, {empty:.2} empty, {occupancy:?}", way.name());
@@ -70,9 +70,9 @@ fn a_consumer_that_comes_back_late_finds_a_full_channel() {
 }
 
 #[test]
-fn a_consumer_that_takes_rows_at_once_finds_an_empty_channel() {
+fn consumer_that_takes_rows_at_once_finds_an_empty_channel() {
     for flavor in BOTH {
-        let occupancy = found(flavor, NEXT, "every_5_ms", Duration::ZERO);
+        let occupancy = measure(flavor, NEXT, "every_5_ms", Duration::ZERO);
         let empty = occupancy.share(|bound| bound == 0.0);
         assert!(empty > 0.9, "{flavor}: {empty:.2} found no row, {occupancy:?}");
     }

@@ -4,8 +4,8 @@ use std::sync::OnceLock;
 
 use crate::server::{Database, shared, table_script, trickle};
 
-/// A role whose password, its own name, takes one iteration of SCRAM instead of 4,096: in a debug build those
-/// would use more CPU than the rest of a case.
+/// A role whose password, its own name, takes one iteration of SCRAM instead of 4,096: in a debug build, the
+/// default would use more CPU than the rest of a case.
 const ROLE: &str = "CREATE ROLE consumers SUPERUSER LOGIN PASSWORD 'SCRAM-SHA-256$1:Y29uc3VtZXJz$MmyRk20Ac/CBcIoLbtmCqb00IMO3nURRndpx3FqpqLE=:CzCvqRs7X/Ek9zYjcxXy49ZAEEPocaDS3CorDvq6fhY=';";
 
 /// Two tables that outlast every consumer, `fast` of 1 kB a row and `small` of 30 B, and the views

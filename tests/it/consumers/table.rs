@@ -50,10 +50,10 @@ impl fmt::Display for Flavor {
     }
 }
 
-/// Who is slow, and how.
+/// Which side is slow, and how.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Setting {
-    /// A fast source, and a consumer that takes this long for a row.
+    /// A fast source, and a consumer that sleeps this long per row.
     Sleeping(Duration),
     /// The same, but the consumer blocks its thread.
     Blocking(Duration),
@@ -92,10 +92,10 @@ impl Setting {
 impl fmt::Display for Setting {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Sleeping(each) => write!(f, "{each:?} of sleep a row"),
-            Self::Blocking(each) => write!(f, "{each:?} of blocking work a row"),
+            Self::Sleeping(each) => write!(f, "{each:?} of sleep per row"),
+            Self::Blocking(each) => write!(f, "{each:?} of blocking work per row"),
             Self::SlowSource(entity) => write!(f, "the source {entity}"),
-            Self::Starved(stint) => write!(f, "a runtime starved by stints of {stint:?}"),
+            Self::Starved(burst) => write!(f, "a runtime starved in bursts of {burst:?}"),
         }
     }
 }
@@ -106,7 +106,7 @@ pub(super) enum Expected {
     /// Exactly this verdict.
     Is(Verdict),
     /// The consumer is busy nearly all of the time. If it blocks the only thread, rows pile up in the socket, not in
-    /// the channel. Whether any row waits cannot be known then, so `Balanced` by overlap is right as well.
+    /// the channel, so nothing shows whether any row waits. `Balanced` by overlap is correct as well then.
     Busy,
     /// Any verdict that does not name the source. Whether the consumer or the runtime is late cannot be known if a
     /// waiting consumer itself blocks the only thread, or if a starved runtime delays a timer or a task that the

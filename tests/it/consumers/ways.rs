@@ -14,15 +14,15 @@ use tokio::task::{block_in_place, spawn_blocking, yield_now};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout_at};
 
 pub(super) type Rows = JsonStream<RawJson>;
-pub(super) type Ending = BoxFuture<'static, ()>;
+pub(super) type Consumer = BoxFuture<'static, ()>;
 
 /// A way to consume, with the name that failures use for it.
 #[derive(Clone, Copy)]
 pub(super) enum Way {
     /// One stream.
-    One(&'static str, fn(Rows, Work) -> Ending),
+    One(&'static str, fn(Rows, Work) -> Consumer),
     /// Two streams in one task.
-    Two(&'static str, fn(Rows, Rows, Work) -> Ending),
+    Two(&'static str, fn(Rows, Rows, Work) -> Consumer),
 }
 
 impl Way {
@@ -39,8 +39,8 @@ impl Way {
         }
     }
 
-    /// Consumes as many streams as the way takes.
-    pub(super) fn start(self, mut streams: Vec<Rows>, work: Work) -> Ending {
+    /// Consumes as many of the streams as the way takes.
+    pub(super) fn start(self, mut streams: Vec<Rows>, work: Work) -> Consumer {
         let mut next = || streams.pop().unwrap_or_else(|| panic!("too few streams for {}", self.name()));
         match self {
             Self::One(_, consume) => consume(next(), work),
@@ -61,7 +61,7 @@ pub(super) struct Work {
 }
 
 impl Work {
-    pub(super) fn goes_on(&self) -> bool {
+    pub(super) fn has_time_left(&self) -> bool {
         Instant::now() < self.deadline
     }
 
@@ -84,13 +84,13 @@ impl Work {
         (self.each * rows).min(self.deadline.saturating_duration_since(Instant::now()))
     }
 
-    /// The work of one of `hands` that work concurrently. Together they take the same time per row.
-    fn of_one_of(self, hands: u32) -> Self {
-        Self { each: self.each * hands, ..self }
+    /// The work of one of `workers` that run concurrently. Together they take the same time per row.
+    fn shared_by(self, workers: u32) -> Self {
+        Self { each: self.each * workers, ..self }
     }
 }
 
-fn fine(row: Option<Result<RawJson>>) -> RawJson {
+fn expect_row(row: Option<Result<RawJson>>) -> RawJson {
     row.unwrap_or_else(|| panic!("the source ended before its consumer"))
         .unwrap_or_else(|error| panic!("{error}"))
 }
@@ -101,24 +101,24 @@ fn count(batch: Option<Vec<Result<RawJson>>>) -> usize {
 
 pub(super) const NEXT: Way = Way::One("next", |mut rows, work| {
     async move {
-        while work.goes_on() {
-            fine(rows.next().await);
+        while work.has_time_left() {
+            expect_row(rows.next().await);
             work.on(1).await;
         }
     }
     .boxed()
 });
 
-/// The number of rows in the next chunk.
-async fn chunk_of(rows: &mut Rows) -> usize {
+/// Takes the next chunk and returns its number of rows.
+async fn next_chunk_len(rows: &mut Rows) -> usize {
     let chunk = rows.next_chunk().await.unwrap_or_else(|error| panic!("{error}"));
     chunk.map_or(0, |chunk| chunk.len())
 }
 
 pub(super) const NEXT_CHUNK: Way = Way::One("next_chunk", |mut rows, work| {
     async move {
-        while work.goes_on() {
-            let count = chunk_of(&mut rows).await;
+        while work.has_time_left() {
+            let count = next_chunk_len(&mut rows).await;
             work.on(count).await;
         }
     }
@@ -127,7 +127,7 @@ pub(super) const NEXT_CHUNK: Way = Way::One("next_chunk", |mut rows, work| {
 
 async fn ready_chunks(rows: Rows, capacity: usize, work: Work) {
     let mut batches = rows.ready_chunks(capacity);
-    while work.goes_on() {
+    while work.has_time_left() {
         let count = count(batches.next().await);
         work.on(count).await;
     }
@@ -142,7 +142,7 @@ pub(super) const READY_CHUNKS_5000: Way =
 pub(super) const CHUNKS: Way = Way::One("chunks(100)", |rows, work| {
     async move {
         let mut batches = rows.chunks(100);
-        while work.goes_on() {
+        while work.has_time_left() {
             let count = count(batches.next().await);
             work.on(count).await;
         }
@@ -154,7 +154,7 @@ pub(super) const CHUNKS_TIMEOUT: Way = Way::One("chunks_timeout(100, 20 ms)", |r
     async move {
         let limit = Duration::from_millis(20);
         let mut batches = pin!(tokio_stream::StreamExt::chunks_timeout(rows, 100, limit));
-        while work.goes_on() {
+        while work.has_time_left() {
             let count = count(batches.next().await);
             work.on(count).await;
         }
@@ -163,16 +163,16 @@ pub(super) const CHUNKS_TIMEOUT: Way = Way::One("chunks_timeout(100, 20 ms)", |r
 });
 
 /// The pattern in the documentation of `next_ready`.
-pub(super) const NEXT_THEN_READY: Way = Way::One("next, then next_ready until dry", |mut rows, work| {
+pub(super) const NEXT_THEN_READY: Way = Way::One("next, then next_ready until empty", |mut rows, work| {
     async move {
-        while work.goes_on() {
-            fine(rows.next().await);
-            let mut held = 1;
+        while work.has_time_left() {
+            expect_row(rows.next().await);
+            let mut taken = 1;
             while let Poll::Ready(Some(row)) = rows.next_ready() {
-                fine(Some(row));
-                held += 1;
+                expect_row(Some(row));
+                taken += 1;
             }
-            work.on(held).await;
+            work.on(taken).await;
         }
     }
     .boxed()
@@ -183,10 +183,10 @@ pub(super) const SELECT_FLUSH: Way = Way::One("select! with a flush every 20 ms"
         let mut flush = interval(Duration::from_millis(20));
         flush.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut held = 0;
-        while work.goes_on() {
+        while work.has_time_left() {
             tokio::select! {
                 row = rows.next() => {
-                    fine(row);
+                    expect_row(row);
                     held += 1;
                 }
                 _ = flush.tick() => work.on(std::mem::take(&mut held)).await,
@@ -199,7 +199,7 @@ pub(super) const SELECT_FLUSH: Way = Way::One("select! with a flush every 20 ms"
 /// Sends the rows that are ready, then waits for the client, as an HTTP server does with a response body.
 pub(super) const RESPONSE_BODY: Way = Way::One("a response body", |mut rows, work| {
     async move {
-        while work.goes_on() {
+        while work.has_time_left() {
             let sent = future::poll_fn(|cx| poll_ready_rows(&mut rows, cx)).await;
             work.on(sent).await;
         }
@@ -210,7 +210,7 @@ pub(super) const RESPONSE_BODY: Way = Way::One("a response body", |mut rows, wor
 fn poll_ready_rows(rows: &mut Rows, cx: &mut Context<'_>) -> Poll<usize> {
     let mut ready = 0;
     while let Poll::Ready(row) = rows.poll_next_unpin(cx) {
-        fine(row);
+        expect_row(row);
         ready += 1;
     }
     if ready > 0 { Poll::Ready(ready) } else { Poll::Pending }
@@ -218,10 +218,10 @@ fn poll_ready_rows(rows: &mut Rows, cx: &mut Context<'_>) -> Poll<usize> {
 
 pub(super) const TIMEOUT_AT: Way = Way::One("timeout_at for each row", |mut rows, work| {
     async move {
-        while work.goes_on() {
-            let patience = Instant::now() + Duration::from_millis(3);
-            if let Ok(row) = timeout_at(patience, rows.next()).await {
-                fine(row);
+        while work.has_time_left() {
+            let timeout = Instant::now() + Duration::from_millis(3);
+            if let Ok(row) = timeout_at(timeout, rows.next()).await {
+                expect_row(row);
                 work.on(1).await;
             }
         }
@@ -231,13 +231,13 @@ pub(super) const TIMEOUT_AT: Way = Way::One("timeout_at for each row", |mut rows
 
 pub(super) const BUFFER_UNORDERED: Way = Way::One("buffer_unordered(8)", |rows, work| {
     async move {
-        let work = work.of_one_of(8);
+        let work = work.shared_by(8);
         let jobs = rows.map(|row| async move {
-            fine(Some(row));
+            expect_row(Some(row));
             work.on(1).await;
         });
         let mut done = pin!(jobs.buffer_unordered(8));
-        while work.goes_on() {
+        while work.has_time_left() {
             done.next().await;
         }
     }
@@ -246,11 +246,11 @@ pub(super) const BUFFER_UNORDERED: Way = Way::One("buffer_unordered(8)", |rows, 
 
 pub(super) const FOR_EACH_CONCURRENT: Way = Way::One("try_for_each_concurrent(4)", |rows, work| {
     async move {
-        let work = work.of_one_of(4);
-        let rows = rows.map(|row| Ok(fine(Some(row))));
+        let work = work.shared_by(4);
+        let rows = rows.map(|row| Ok(expect_row(Some(row))));
         let all = rows.try_for_each_concurrent(4, |_| async move {
             work.on(1).await;
-            if work.goes_on() { Ok(()) } else { Err("enough") }
+            if work.has_time_left() { Ok(()) } else { Err("enough") }
         });
         assert_eq!(all.await, Err("enough"), "the source ended before its consumer");
     }
@@ -260,8 +260,8 @@ pub(super) const FOR_EACH_CONCURRENT: Way = Way::One("try_for_each_concurrent(4)
 pub(super) const MERGED: Way = Way::Two("two streams merged by select", |one, other, work| {
     async move {
         let mut rows = stream::select(one, other);
-        while work.goes_on() {
-            fine(rows.next().await);
+        while work.has_time_left() {
+            expect_row(rows.next().await);
             work.on(1).await;
         }
     }
@@ -270,8 +270,8 @@ pub(super) const MERGED: Way = Way::Two("two streams merged by select", |one, ot
 
 pub(super) const JOINED: Way = Way::Two("two streams joined by join!", |one, other, work| {
     let read = move |mut rows: Rows| async move {
-        while work.goes_on() {
-            fine(rows.next().await);
+        while work.has_time_left() {
+            expect_row(rows.next().await);
             work.on(1).await;
         }
     };
@@ -289,21 +289,21 @@ pub(super) const JOINED_READY_CHUNKS: Way =
         .boxed()
     });
 
-/// Works beside the stream instead of on its rows. Each stint takes as long as 50 rows.
-pub(super) const JOINED_WITH_CPU_WORK: Way = Way::One("join! with stints of CPU work", |mut rows, work| {
+/// Works alongside the stream instead of on its rows. Each burst takes as long as 50 rows.
+pub(super) const JOINED_WITH_CPU_WORK: Way = Way::One("join! with bursts of CPU work", |mut rows, work| {
     async move {
         let read = async {
-            while work.goes_on() {
-                fine(rows.next().await);
+            while work.has_time_left() {
+                expect_row(rows.next().await);
             }
         };
-        let stints = async {
-            while work.goes_on() {
+        let bursts = async {
+            while work.has_time_left() {
                 work.block_for(50);
                 yield_now().await;
             }
         };
-        tokio::join!(read, stints);
+        tokio::join!(read, bursts);
     }
     .boxed()
 });
@@ -317,8 +317,8 @@ pub(super) const MPSC: Way = Way::One("a worker task behind mpsc::channel(16)", 
                 drop(row);
             }
         });
-        while work.goes_on() {
-            let row = fine(rows.next().await);
+        while work.has_time_left() {
+            let row = expect_row(rows.next().await);
             sender.send(row).await.unwrap_or_else(|error| panic!("{error}"));
         }
         drop((rows, sender));
@@ -330,7 +330,7 @@ pub(super) const MPSC: Way = Way::One("a worker task behind mpsc::channel(16)", 
 pub(super) const SPAWN_BLOCKING: Way = Way::One("spawn_blocking per ready_chunks(1000)", |rows, work| {
     async move {
         let mut batches = rows.ready_chunks(1_000);
-        while work.goes_on() {
+        while work.has_time_left() {
             let count = count(batches.next().await);
             spawn_blocking(move || work.block_for(count)).await.unwrap_or_else(|error| panic!("{error}"));
         }
@@ -341,7 +341,7 @@ pub(super) const SPAWN_BLOCKING: Way = Way::One("spawn_blocking per ready_chunks
 pub(super) const BLOCK_IN_PLACE: Way = Way::One("block_in_place per ready_chunks(1000)", |rows, work| {
     async move {
         let mut batches = rows.ready_chunks(1_000);
-        while work.goes_on() {
+        while work.has_time_left() {
             let count = count(batches.next().await);
             block_in_place(|| work.block_for(count));
         }
@@ -349,20 +349,20 @@ pub(super) const BLOCK_IN_PLACE: Way = Way::One("block_in_place per ready_chunks
     .boxed()
 });
 
-/// What a consumer does after it found no row.
-async fn something_else() {
+/// What a consumer does when it finds no row.
+async fn other_work() {
     sleep(Duration::from_millis(1)).await;
 }
 
 pub(super) const NEXT_READY: Way = Way::One("next_ready between other work", |mut rows, work| {
     async move {
-        while work.goes_on() {
+        while work.has_time_left() {
             match rows.next_ready() {
                 Poll::Ready(row) => {
-                    fine(row);
+                    expect_row(row);
                     work.on(1).await;
                 }
-                Poll::Pending => something_else().await,
+                Poll::Pending => other_work().await,
             }
         }
     }
@@ -371,13 +371,13 @@ pub(super) const NEXT_READY: Way = Way::One("next_ready between other work", |mu
 
 pub(super) const POLL_IMMEDIATE: Way = Way::One("poll_immediate between other work", |mut rows, work| {
     async move {
-        while work.goes_on() {
+        while work.has_time_left() {
             match future::poll_immediate(rows.next()).await {
                 Some(row) => {
-                    fine(row);
+                    expect_row(row);
                     work.on(1).await;
                 }
-                None => something_else().await,
+                None => other_work().await,
             }
         }
     }
@@ -386,13 +386,13 @@ pub(super) const POLL_IMMEDIATE: Way = Way::One("poll_immediate between other wo
 
 pub(super) const NOW_OR_NEVER: Way = Way::One("now_or_never between other work", |mut rows, work| {
     async move {
-        while work.goes_on() {
+        while work.has_time_left() {
             match rows.next().now_or_never() {
                 Some(row) => {
-                    fine(row);
+                    expect_row(row);
                     work.on(1).await;
                 }
-                None => something_else().await,
+                None => other_work().await,
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Streams that fail by themselves in a transaction: it is reported as aborted unless the error was given out.
+//! Streams that fail in a transaction: the next use reports it as aborted unless the error was already returned.
 
 use std::time::Duration;
 
@@ -6,11 +6,11 @@ use fraiseql_stream::ErrorKind;
 use futures_util::StreamExt;
 use serde_json::Value;
 
-use super::session::{Session, Use, assert_aborted, database};
+use super::session::{NextUse, Session, assert_aborted, database};
 use crate::server::{Doc, SOON, read_all, within};
 
 #[tokio::test]
-async fn a_drained_stream_that_fails_returns_its_error_and_reports_it_once() {
+async fn drain_returns_the_error_of_the_stream_and_reports_it_once() {
     let database = database();
     let mut session = Session::new(&database).await;
     session.run("BEGIN; INSERT INTO log VALUES ('lost')").await;
@@ -28,7 +28,7 @@ async fn a_drained_stream_that_fails_returns_its_error_and_reports_it_once() {
 }
 
 #[tokio::test]
-async fn a_stream_that_failed_and_whose_error_was_read_is_not_reported_again() {
+async fn error_that_was_read_is_not_reported_again() {
     let database = database();
     let mut session = Session::new(&database).await;
     for entity in ["broken", "failing_at_once", "failing_in_plan"] {
@@ -45,34 +45,34 @@ async fn a_stream_that_failed_and_whose_error_was_read_is_not_reported_again() {
     session.assert_aborted_and_reported().await;
 }
 
-/// Lets a stream fail whose error nobody reads: it is dropped `after` that, unless it was dropped before.
-async fn fail_unread(session: &mut Session, entity: &str, (rows, after): (usize, Duration)) {
+/// Lets a stream fail after `rows` rows and drops it `delay` later, without reading its error.
+async fn fail_unread(session: &mut Session, entity: &str, (rows, delay): (usize, Duration)) {
     let mut stream = session.db.query::<Value>(entity).stream().await.unwrap();
     for _ in 0..rows {
         within(SOON, stream.next()).await.unwrap().unwrap();
     }
     session.admin.until_idle(session.pid).await;
-    tokio::time::sleep(after).await;
+    tokio::time::sleep(delay).await;
 }
 
 #[tokio::test]
-async fn a_stream_that_failed_and_was_dropped_before_its_error_was_read_is_reported_once() {
+async fn unread_error_of_a_dropped_stream_is_reported_once() {
     let database = database();
     let mut session = Session::new(&database).await;
     for (entity, rows) in [("broken", 10), ("broken", 50), ("failing_at_once", 0), ("failing_in_plan", 0)] {
-        // Before a task reads its rows, and after that.
-        for after in [0, 2, 5, 30].map(Duration::from_millis) {
+        // Before and after a task takes over reading the rows.
+        for delay in [0, 2, 5, 30].map(Duration::from_millis) {
             session.run("BEGIN; INSERT INTO log VALUES ('lost')").await;
-            fail_unread(&mut session, entity, (rows, after)).await;
-            let next = session.use_for(Use::Client).await;
-            assert_aborted(&next.expect_err(&format!("{entity} after {rows} rows and {after:?}")));
+            fail_unread(&mut session, entity, (rows, delay)).await;
+            let next = session.use_for(NextUse::Client).await;
+            assert_aborted(&next.expect_err(&format!("{entity}, dropped after {rows} rows and {delay:?}")));
             session.assert_aborted_and_reported().await;
         }
     }
 }
 
 #[tokio::test]
-async fn a_refusal_that_nobody_waited_for_is_reported_once() {
+async fn unread_prepare_error_is_reported_once() {
     let database = database();
     let mut session = Session::new(&database).await;
     let observer = database.admin().await;
@@ -87,9 +87,9 @@ async fn a_refusal_that_nobody_waited_for_is_reported_once() {
         }
         session.admin.client.batch_execute("COMMIT").await.unwrap();
         observer.until_idle(session.pid).await;
-        // The refusal is here, and the future that waits for it is dropped.
+        // The error has arrived when the future that waits for it is dropped.
         drop(stream);
-        assert_aborted(&session.use_for(Use::Client).await.expect_err("the transaction is aborted"));
+        assert_aborted(&session.use_for(NextUse::Client).await.expect_err("the transaction is aborted"));
         session.assert_aborted_and_reported().await;
     }
 }

@@ -1,4 +1,4 @@
-//! A session that is in a transaction, how it leaves streams, and what it is used for next.
+//! A session in a transaction, how it exits streams early, and what it is used for next.
 
 use std::time::Duration;
 
@@ -7,38 +7,44 @@ use futures_util::{StreamExt, TryStreamExt};
 use serde_json::Value;
 
 use crate::server::{
-    Admin, Database, Doc, ENDLESS, SILENT, SOON, backend_of, ids, rows_of, table_script, within,
+    Admin, Database, Doc, ENDLESS, SILENT, SOON, backend_pid, ids, rows_of, table_script, within,
 };
 
-/// How a stream is left before its end.
+/// How a stream is dropped before its end.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Way {
+pub(super) enum EarlyExit {
     /// By `take(1)`.
     Take,
-    /// Dropped after a row.
+    /// By a drop after a row.
     Drop,
-    /// By `?` on a row that is not a `Doc`.
+    /// By `?` on a row that does not decode.
     DecodeError,
     /// By a timeout around `next`.
     Timeout,
-    /// Dropped while Postgres is silent, without any poll.
+    /// By a drop before Postgres sends a row, without any poll.
     Silence,
-    /// By a drop of the future of `stream()`, which waits for a lock.
+    /// By a drop of the future of `stream()` while it waits for a lock.
     Lock,
 }
 
-pub(super) const WAYS: [Way; 6] =
-    [Way::Take, Way::Drop, Way::DecodeError, Way::Timeout, Way::Silence, Way::Lock];
+pub(super) const EARLY_EXITS: [EarlyExit; 6] = [
+    EarlyExit::Take,
+    EarlyExit::Drop,
+    EarlyExit::DecodeError,
+    EarlyExit::Timeout,
+    EarlyExit::Silence,
+    EarlyExit::Lock,
+];
 
 /// What the connection is used for next.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Use {
+pub(super) enum NextUse {
     Client,
     ClientMut,
     Stream,
 }
 
-pub(super) const USES: [Use; 3] = [Use::Client, Use::ClientMut, Use::Stream];
+pub(super) const NEXT_USES: [NextUse; 3] = [NextUse::Client, NextUse::ClientMut, NextUse::Stream];
 
 pub(super) fn database() -> Database {
     Database::with(&format!(
@@ -55,12 +61,12 @@ pub(super) fn database() -> Database {
     ))
 }
 
-/// A connection, and whoever looks at it from outside.
+/// A connection, with sessions that observe it from outside.
 pub(super) struct Session {
     pub(super) db: Connection,
     pub(super) pid: i32,
     pub(super) admin: Admin,
-    /// Keeps a lock on `locked`.
+    /// Holds a lock on `locked`.
     _locker: Admin,
 }
 
@@ -69,7 +75,7 @@ impl Session {
         let (admin, locker) = (database.admin().await, database.admin().await);
         locker.client.batch_execute("BEGIN; LOCK TABLE locked").await.unwrap();
         let mut db = database.connect().await;
-        let pid = backend_of(&mut db).await;
+        let pid = backend_pid(&mut db).await;
         Self { db, pid, admin, _locker: locker }
     }
 
@@ -78,43 +84,43 @@ impl Session {
         within(SOON, client.batch_execute(script)).await.unwrap();
     }
 
-    /// Begins a stream and leaves it early.
-    pub(super) async fn leave(&mut self, way: Way) {
-        match way {
-            Way::Take => {
+    /// Starts a stream and drops it before its end.
+    pub(super) async fn exit_early(&mut self, exit: EarlyExit) {
+        match exit {
+            EarlyExit::Take => {
                 let stream = self.db.query::<Doc>("endless").stream().await.unwrap();
                 assert_eq!(within(SOON, stream.take(1).count()).await, 1);
             }
-            Way::Drop => {
+            EarlyExit::Drop => {
                 let mut stream = self.db.query::<Doc>("endless").stream().await.unwrap();
                 within(SOON, stream.next()).await.unwrap().unwrap();
             }
-            Way::DecodeError => {
+            EarlyExit::DecodeError => {
                 let error = within(SOON, read_odd(&mut self.db)).await.unwrap_err();
                 assert_eq!(error.kind(), ErrorKind::Decode { row: 3 });
             }
-            Way::Timeout => {
+            EarlyExit::Timeout => {
                 let mut stream = self.db.query::<Value>("silent").stream().await.unwrap();
                 let next = tokio::time::timeout(Duration::from_millis(30), stream.next()).await;
                 assert!(next.is_err());
             }
-            Way::Silence => {
+            EarlyExit::Silence => {
                 let stream = self.db.query::<Value>("silent").stream().await.unwrap();
                 self.admin.until_waits_for(self.pid, "Timeout").await;
                 drop(stream);
             }
-            Way::Lock => tokio::select! {
+            EarlyExit::Lock => tokio::select! {
                 _ = self.db.query::<Value>("locked").stream() => panic!("the table is locked"),
                 () = self.admin.until_waits_for(self.pid, "Lock") => {}
             },
         }
     }
 
-    pub(super) async fn use_for(&mut self, next: Use) -> Result<()> {
+    pub(super) async fn use_for(&mut self, next: NextUse) -> Result<()> {
         match next {
-            Use::Client => within(SOON, self.db.client()).await.map(drop),
-            Use::ClientMut => within(SOON, self.db.client_mut()).await.map(drop),
-            Use::Stream => {
+            NextUse::Client => within(SOON, self.db.client()).await.map(drop),
+            NextUse::ClientMut => within(SOON, self.db.client_mut()).await.map(drop),
+            NextUse::Stream => {
                 let stream = within(SOON, self.db.query::<Doc>("t").stream()).await?;
                 assert_eq!(rows_of(stream).await.len(), 10);
                 Ok(())
@@ -122,18 +128,18 @@ impl Session {
         }
     }
 
-    /// The lines of `log` that were committed.
+    /// Returns the committed lines of `log`.
     pub(super) async fn log(&self) -> Vec<String> {
         let rows = self.admin.client.query("SELECT line FROM log ORDER BY line", &[]).await.unwrap();
         rows.iter().map(|row| row.get(0)).collect()
     }
 
-    /// Fails unless the transaction is aborted, no use of the connection says so again, and `ROLLBACK` ends it.
+    /// Fails unless the transaction is aborted, no use of the connection reports that again, and `ROLLBACK` ends it.
     pub(super) async fn assert_aborted_and_reported(&mut self) {
         for _ in 0..2 {
             let client = within(SOON, self.db.client()).await.unwrap();
-            let refused = within(SOON, client.batch_execute("SELECT 1")).await.unwrap_err();
-            assert_eq!(refused.code().unwrap().code(), "25P02");
+            let error = within(SOON, client.batch_execute("SELECT 1")).await.unwrap_err();
+            assert_eq!(error.code().unwrap().code(), "25P02");
         }
         self.run("ROLLBACK").await;
         let rows = rows_of(self.db.query::<Doc>("t").order_by("id").stream().await.unwrap()).await;
@@ -141,7 +147,7 @@ impl Session {
         assert_eq!(self.log().await, [""; 0], "it was rolled back");
     }
 
-    /// Fails unless the transaction is alive and its `COMMIT` keeps these lines.
+    /// Fails unless the transaction is alive and its `COMMIT` writes exactly these lines.
     pub(super) async fn assert_commits(&mut self, lines: &[&str]) {
         self.run("COMMIT").await;
         assert_eq!(self.log().await, lines);
@@ -149,7 +155,7 @@ impl Session {
     }
 }
 
-/// As a service does it, with `?`.
+/// Reads rows with `?`, as a service does.
 async fn read_odd(db: &mut Connection) -> Result<u64> {
     let mut stream = db.query::<Doc>("odd").stream().await?;
     let mut sum = 0;
