@@ -12,23 +12,24 @@ use crate::channel::{Observer, Stats};
 use crate::connection::{Connection, Hold};
 use crate::error::Result;
 
-/// Rows of a query, in order, as `T`.
+/// The rows of a query, in order, decoded into `T`. A [`Stream`] of `Result<T>`.
 ///
-/// `C` is how the stream holds its connection: `&mut Connection` when it was made by
-/// [`Connection::query`], [`Connection`] itself when made by [`Connection::into_query`]; the latter is
-/// `'static` and fits a response body or a spawned task.
+/// `C` is how the stream holds its connection: `&mut Connection` if it was created by [`Connection::query`], or
+/// [`Connection`] if it was created by [`Connection::into_query`]. The latter is `'static`, and fits into a response
+/// body or a spawned task.
 ///
 /// # Errors
 ///
-/// A row that is not a `T` yields an error of kind [`Decode`](crate::ErrorKind::Decode) that names the row,
-/// and the stream goes on behind it. An error of Postgres comes after all rows that preceded it and ends the
-/// stream. A stream never ends quietly with rows missing.
+/// A row that does not deserialize into `T` yields an error of kind [`Decode`](crate::ErrorKind::Decode) with the
+/// number of the row; the stream continues with the next row. An error of Postgres ends the stream, after all rows
+/// that precede it. A stream that ends without an error has returned every row.
 ///
 /// # Cancel safety
 ///
-/// If the future of `next()` is dropped, no row is lost. To cancel, drop the stream: Postgres is asked to stop at
-/// once, even while it sends nothing, and the connection is clean before its next query is sent. The clean-up runs
-/// on the tokio runtime; to wait for it, for example before the program ends, use [`close`](Self::close).
+/// If the future of `next()` is dropped, no row is lost. To cancel the query, drop the stream: Postgres is asked to
+/// stop at once, even if it is not sending anything, and the connection is clean before its next query is sent. The
+/// clean-up runs on the tokio runtime. To wait for it, for example before the program ends, use
+/// [`close`](Self::close).
 ///
 /// Inside a transaction that you began on the connection, cancelling the query aborts the transaction, and the next
 /// use of the connection fails once with [`TransactionAborted`](crate::ErrorKind::TransactionAborted). To stop early
@@ -36,8 +37,11 @@ use crate::error::Result;
 ///
 /// # Memory
 ///
-/// At most `max_memory` payload bytes wait in the channel (a single larger row passes alone). Beyond that
-/// there are the chunk in your hands, at most an eighth of it or one row, and one row in the producer's.
+/// At most [`max_memory`](crate::Query::max_memory) payload bytes wait in the channel; a single larger row passes
+/// alone. In addition, the stream holds the current chunk, which has at most an eighth of that or one row, and the
+/// producer holds at most one row.
+///
+/// # Examples
 ///
 /// ```no_run
 /// use fraiseql_stream::Connection;
@@ -128,39 +132,58 @@ impl<T: FromJson, C> JsonStream<T, C> {
         self.reader.next_chunk().await
     }
 
-    /// Returns the stream's statistics at this moment.
+    /// Returns the current statistics of the stream.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn example(orders: fraiseql_stream::JsonStream<serde_json::Value>) {
+    /// println!("{}", orders.stats());
+    /// // orders: 214,332 rows, 61.0 MB in 12.4 s; consumer-bound 81 % (your code 77 %, decoding 4 %), peak 3.2 MB of 16.8 MB
+    /// # }
+    /// ```
     pub fn stats(&self) -> Stats {
         self.reader.observer.stats()
     }
 
-    /// Returns an observer, which reads the statistics from another task.
+    /// Returns an observer, which reads the statistics from elsewhere: another task, a status page, a health check.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn example(orders: fraiseql_stream::JsonStream<serde_json::Value>) {
+    /// let observer = orders.observer();
+    /// std::thread::spawn(move || println!("{}", observer.stats()));
+    /// # }
+    /// ```
     pub fn observer(&self) -> Observer {
         self.reader.observer.clone()
     }
 
-    /// Declares that the time until the next poll, or [`resume`](Self::resume), is a pause of your own
-    /// wish: it counts as `paused` and for no verdict. The channel fills up meanwhile; when it is full,
-    /// Postgres waits.
+    /// Pauses the stream: the time until the next poll or [`resume`](Self::resume) counts as `paused` and does not
+    /// affect the verdict. Meanwhile the channel fills up; once it is full, Postgres has to wait.
+    ///
+    /// # Examples
     ///
     /// ```no_run
     /// # async fn example(mut stream: fraiseql_stream::JsonStream<serde_json::Value>) {
     /// stream.pause();
     /// tokio::time::sleep(std::time::Duration::from_secs(60)).await; // a maintenance window
-    /// stream.resume(); // the next poll would do as well
+    /// stream.resume();
     /// # }
     /// ```
     pub fn pause(&mut self) {
         self.reader.pause();
     }
 
-    /// Ends a [`pause`](Self::pause).
+    /// Ends a [`pause`](Self::pause). The next poll does the same. Has no effect if the stream is not paused.
     pub fn resume(&mut self) {
         self.reader.resume();
     }
 }
 
 impl<T: FromJson, C: Hold> JsonStream<T, C> {
-    /// Ends the stream, cancels the query if it still runs, and returns the connection once it is clean. Rows that
+    /// Ends the stream, cancels the query if it is still running, and returns the connection once it is clean. Rows that
     /// were not taken are discarded. Dropping the stream does the same without waiting.
     ///
     /// # Errors
@@ -190,7 +213,7 @@ impl<T: FromJson, C: Hold> JsonStream<T, C> {
         idle(connection).await
     }
 
-    /// Discards all remaining rows without decoding them, and returns the connection. Unlike [`close`](Self::close)
+    /// Discards all remaining rows without decoding them and returns the connection. Unlike [`close`](Self::close)
     /// or dropping the stream, this does not cancel the query: if the stream runs inside a transaction, the
     /// transaction stays intact.
     ///

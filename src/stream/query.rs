@@ -19,12 +19,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::postgres::{self, Lease, Sql};
 use crate::telemetry::{Heartbeat, QueryInfo, Recorder};
 
-/// A query for the JSON documents of one entity; made by [`Connection::query`] or
-/// [`Connection::into_query`].
+/// A query for the JSON documents of one entity. Created by [`Connection::query`] and [`Connection::into_query`].
 ///
-/// What it sends is `SELECT data FROM <entity> WHERE ... ORDER BY ... LIMIT ... OFFSET ...`. The texts given
-/// to `where_sql` and `order_by` are SQL of yours, the author of the service, and are sent as they are:
-/// never build them from a user's input. Values go by `$1`, `$2`, ... only.
+/// It sends `SELECT data FROM <entity> WHERE ... ORDER BY ... LIMIT ... OFFSET ...`. The texts passed to
+/// [`where_sql`](Self::where_sql) and [`order_by`](Self::order_by) are SQL that you, the author of the service, write;
+/// they are sent unchanged. Never build them from the input of a user: pass values as `$1`, `$2`, ... instead.
+///
+/// # Examples
 ///
 /// ```no_run
 /// # #[derive(serde::Deserialize)]
@@ -53,20 +54,40 @@ pub struct Query<'p, T, C> {
 }
 
 impl Connection {
-    /// A query for the JSON in column `data` of a table or view, whose stream borrows this connection.
+    /// Returns a query for the column `data` of a table or view. Its stream borrows this connection.
     ///
-    /// `entity` is the name of a relation, quoted as an identifier (so case counts), or `schema.name`. It is
-    /// never SQL. It is also the attribute `entity` of all metrics: do not make up names by the thousand.
+    /// `entity` is the name of a relation, or `schema.name`. It is quoted as an identifier, so case matters, and it is
+    /// never interpreted as SQL. It is also the value of the attribute `entity` of all metrics: keep the number of
+    /// distinct entities small.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use futures_util::TryStreamExt;
+    ///
+    /// # async fn example(mut db: fraiseql_stream::Connection) -> Result<(), fraiseql_stream::Error> {
+    /// let mut orders = db.query::<serde_json::Value>("sales.orders").stream().await?;
+    /// while let Some(order) = orders.try_next().await? {
+    ///     println!("{order}");
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn query<'p, T: FromJson>(&mut self, entity: &str) -> Query<'p, T, &mut Self> {
         Query::new(self, entity)
     }
 
-    /// Like [`query`](Self::query), but the stream owns the connection and is `'static`. If the stream cannot be
-    /// started, the error returns the connection. [`JsonStream::close`](crate::JsonStream::close) returns it at any
-    /// later time, also after an error that ended the stream.
+    /// Returns a query like [`query`](Self::query) does, but its stream owns this connection and is `'static`: it fits
+    /// into a spawned task or a response body.
+    ///
+    /// If the stream cannot be started, the error returns the connection. [`JsonStream::close`] returns it later, also
+    /// after an error that ended the stream.
+    ///
+    /// # Examples
     ///
     /// ```no_run
     /// use futures_util::StreamExt;
+    ///
     /// # async fn example(db: fraiseql_stream::Connection) -> Result<(), fraiseql_stream::Error> {
     /// let mut rows = db.into_query::<serde_json::Value>("orders").stream().await?;
     /// tokio::spawn(async move { while let Some(row) = rows.next().await { /* ... */ } });
@@ -90,16 +111,48 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
         }
     }
 
-    /// Only rows for which this SQL condition is true. Called again, both conditions must hold, and the
-    /// numbering of `$n` goes on: the first value of the second call follows the last of the first.
+    /// Adds a condition in SQL, with a value for each of its parameters. Rows that do not meet it are not sent.
+    ///
+    /// If called more than once, all conditions must be met. Parameters are numbered across all calls: the first value
+    /// of the second call follows the last value of the first.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(mut db: fraiseql_stream::Connection) -> Result<(), fraiseql_stream::Error> {
+    /// let orders = db
+    ///     .query::<serde_json::Value>("orders")
+    ///     .where_sql("data->>'status' = $1", &[&"open"])
+    ///     .where_sql("(data->>'total')::float8 > $2", &[&100.0])
+    ///     .stream()
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn where_sql(mut self, condition: &str, values: &[&'p (dyn ToSql + Sync)]) -> Self {
         self.sql.conditions.push(condition.to_owned());
         self.values.extend_from_slice(values);
         self
     }
 
-    /// Only rows for which this is true of the decoded value. The others are received, decoded, and counted
-    /// as filtered: a condition in SQL is cheaper. Called again, both must hold.
+    /// Adds a predicate in Rust, which is called with each decoded row. Rows for which it returns `false` are counted
+    /// as filtered and not returned.
+    ///
+    /// Filtered rows have been sent and decoded by then; a condition in SQL is cheaper. If called more than once, all
+    /// predicates must return `true`.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(mut db: fraiseql_stream::Connection) -> Result<(), fraiseql_stream::Error> {
+    /// let orders = db
+    ///     .query::<serde_json::Value>("orders")
+    ///     .where_rust(|order| order["lines"].as_array().is_some_and(|lines| lines.len() > 3))
+    ///     .stream()
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn where_rust(mut self, mut keep: impl FnMut(&T) -> bool + Send + 'static) -> Self
     where
         T: 'static,
@@ -111,57 +164,129 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
         self
     }
 
-    /// The order, in SQL. Called again, it decides between rows that were equal so far.
+    /// Orders the rows by an SQL expression (`ORDER BY`). If called more than once, each further expression orders the
+    /// rows that are equal so far. By default, the order is unspecified.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(mut db: fraiseql_stream::Connection) -> Result<(), fraiseql_stream::Error> {
+    /// let orders = db
+    ///     .query::<serde_json::Value>("orders")
+    ///     .order_by("(data->>'total')::float8 DESC")
+    ///     .order_by("id")
+    ///     .stream()
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn order_by(mut self, expression: &str) -> Self {
         self.sql.order_by.push(expression.to_owned());
         self
     }
 
-    /// At most so many rows are sent by Postgres.
+    /// Limits the result to `rows` rows (`LIMIT`). By default, there is no limit.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(mut db: fraiseql_stream::Connection) -> Result<(), fraiseql_stream::Error> {
+    /// let first = db.query::<serde_json::Value>("orders").order_by("id").limit(10).stream().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn limit(mut self, rows: u64) -> Self {
         self.sql.limit = Some(rows);
         self
     }
 
-    /// So many rows are left out first.
+    /// Skips the first `rows` rows (`OFFSET`). Defaults to 0.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(mut db: fraiseql_stream::Connection) -> Result<(), fraiseql_stream::Error> {
+    /// let second_page = db.query::<serde_json::Value>("orders").order_by("id").offset(10).limit(10).stream().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn offset(mut self, rows: u64) -> Self {
         self.sql.offset = Some(rows);
         self
     }
 
-    /// At most so many rows travel through the channel together; fewer do when no more are ready, so a
-    /// first row never waits for a second. The channel holds 256 rows, or one chunk if that is larger.
-    /// Larger chunks mean fewer hand-overs and coarser statistics. Defaults to 128.
+    /// Sets the maximum number of rows per chunk. A chunk is sent as soon as no further row is ready, so the first row
+    /// is never held back. Defaults to 128.
+    ///
+    /// Larger chunks mean fewer hand-overs between tasks and coarser statistics. The channel holds at most 256 rows, or
+    /// one chunk if that is larger.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(mut db: fraiseql_stream::Connection) -> Result<(), fraiseql_stream::Error> {
+    /// let orders = db.query::<serde_json::Value>("orders").chunk_size(16).stream().await?;
+    /// assert_eq!(orders.stats().row_limit, 256);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn chunk_size(mut self, rows: usize) -> Self {
         self.chunk_size = Some(rows);
         self
     }
 
-    /// At most so many payload bytes wait in the channel; a full channel makes Postgres wait. A single
-    /// larger row passes alone. What the kernel buffers is not counted: about 4 MB on loopback TCP, 0.2 MB on
-    /// a Unix socket. Defaults to 16 MiB.
+    /// Limits the payload bytes that wait in the channel. While the channel is full, Postgres has to wait. A single
+    /// larger row passes alone. Defaults to 16 MiB.
+    ///
+    /// Whichever is reached first applies: this limit, or that of 256 rows (see [`chunk_size`](Self::chunk_size)). The
+    /// buffers of the kernel are not counted: about 4 MB for loopback TCP, 0.2 MB for a Unix socket.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(mut db: fraiseql_stream::Connection) -> Result<(), fraiseql_stream::Error> {
+    /// let orders = db.query::<serde_json::Value>("orders").max_memory(1_000_000).stream().await?;
+    /// assert_eq!(orders.stats().byte_limit, 1_000_000);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn max_memory(mut self, bytes: usize) -> Self {
         self.max_memory = Some(bytes);
         self
     }
 
-    /// Sends the query. Returns before any row: rows, statistics and cancelling begin here. The first time that this
-    /// text is sent on this connection, it returns once Postgres has prepared it; later at once, and an error of
-    /// Postgres is the first item of the stream.
+    /// Sends the query and returns the stream of its rows. Does not wait for a row: statistics begin, and the query can
+    /// be cancelled, from here on.
     ///
-    /// Opens a span of this query below the caller's current span.
+    /// The first time this text is sent on a connection, Postgres prepares it before this method returns. Later, the
+    /// statement is taken from the cache, and an error of Postgres is the first item of the stream.
+    ///
+    /// Opens a query span below the current span of the caller.
     ///
     /// # Errors
     ///
-    /// [`Config`](crate::ErrorKind::Config) for a setting that can't work, values that do not fit the parameters, or
-    /// a column `data` that is not json or jsonb; [`Query`](crate::ErrorKind::Query) when Postgres refuses the
-    /// statement, for example because there is no such relation; [`Disconnected`](crate::ErrorKind::Disconnected)
-    /// when the connection is lost; [`TransactionAborted`](crate::ErrorKind::TransactionAborted), once, when a stream
-    /// that was dropped before has aborted your transaction.
+    /// - [`Config`](crate::ErrorKind::Config) if a setting is invalid.
+    /// - [`Statement`](crate::ErrorKind::Statement) if the values do not fit the parameters, or the column `data` is
+    ///   not json or jsonb.
+    /// - [`Query`](crate::ErrorKind::Query) if Postgres rejects the statement, for example because the relation does
+    ///   not exist.
+    /// - [`Disconnected`](crate::ErrorKind::Disconnected) if the connection is lost.
+    /// - [`TransactionAborted`](crate::ErrorKind::TransactionAborted), once, if a previously dropped stream has aborted
+    ///   your transaction.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future cancels the query and leaves the connection clean.
+    /// If the future is dropped, the query is cancelled and the connection stays clean.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(mut db: fraiseql_stream::Connection) -> Result<(), fraiseql_stream::Error> {
+    /// let mut orders = db.query::<serde_json::Value>("orders").stream().await?;
+    /// println!("{}", orders.stats());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn stream(mut self) -> Result<JsonStream<T, C>, C::Error> {
         let entity: Arc<str> = Arc::from(self.sql.entity.as_str());
         match self.start(&entity).await {
