@@ -10,6 +10,7 @@ mod closing;
 mod connect;
 mod consumers;
 mod cost;
+mod error_contract;
 mod fatal;
 mod first_row;
 mod loss;
