@@ -107,7 +107,7 @@ fn without_a_postgres_to_start_it_says_so() {
     let end = demo.end(SOON);
 
     assert_eq!(end.code, Some(1), "{end:#?}");
-    assert!(end.stderr.starts_with("demo: PG_BIN is of no use"), "{end:#?}");
+    assert!(end.stderr.starts_with("demo: PG_BIN=\"/nowhere\" is unusable: "), "{end:#?}");
     assert_eq!(demo.left_behind(), Vec::<String>::new());
 }
 
