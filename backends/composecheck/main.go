@@ -1,5 +1,5 @@
 // Program composecheck loads Compose files as `docker compose config` does, without a daemon,
-// and prints what they come to as JSON.
+// and prints the resulting project as JSON.
 package main
 
 import (

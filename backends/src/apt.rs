@@ -1,4 +1,4 @@
-//! The distribution's packages.
+//! Packages of the distribution.
 
 use std::ffi::{OsStr, OsString};
 use std::process::Command;
@@ -8,11 +8,11 @@ use crate::cache;
 use crate::error::Error;
 use crate::process::announce;
 
-/// Installs a package with the programs on `path`, if that needs no password.
+/// Installs a package with the `apt-get` on `path`, as root or by `sudo` without a password.
 pub(crate) fn install(package: &str, path: &OsStr) -> Result<(), Error> {
     let root = account::own_uid()? == 0;
-    let apt = |words: &[&str]| {
-        let mut words: Vec<OsString> = words.iter().map(OsString::from).collect();
+    let apt = |args: &[&str]| {
+        let mut words: Vec<OsString> = args.iter().map(OsString::from).collect();
         if !root {
             words.splice(0..0, ["sudo", "-n"].map(OsString::from));
         }

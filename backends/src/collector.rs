@@ -23,30 +23,36 @@ const MODULE: Module = Module {
         ("go.sum", include_str!("../otelcol/go.sum")),
         ("main.go", include_str!("../otelcol/main.go")),
     ],
-    takes: "2 minutes",
+    build_time: "2 minutes",
 };
 
-/// The collector's program: `OTELCOL`, else `otelcol-contrib` or `otelcol` of PATH, else built from the module here.
+/// Returns the path of the collector's program: `OTELCOL` if set, else `otelcol-contrib` or `otelcol` on `PATH`, else one
+/// that is built once with Go.
 ///
 /// # Errors
-/// When none is installed and it cannot be built.
+/// If `OTELCOL` is unusable, or no collector is installed and none can be built.
 pub fn collector_program() -> Result<PathBuf, Error> {
     if let Some(program) = env::var_os("OTELCOL").map(PathBuf::from) {
-        let program = program.canonicalize();
-        return program.context("OTELCOL is of no use");
+        return program.canonicalize().map_err(|error| {
+            let program = program.to_string_lossy();
+            Error::new(format!(
+                "OTELCOL={program:?} is unusable: {error}; set it to the path of a collector, or unset it"
+            ))
+        });
     }
     if let Some(program) = go::on_path(&["otelcol-contrib", "otelcol"]) {
         return Ok(program);
     }
     MODULE.program().map_err(|error| {
         Error::new(format!(
-            "no OpenTelemetry collector: {error}; or set OTELCOL to the otelcol-contrib of \
+            "no OpenTelemetry collector found: {error}; alternatively, set OTELCOL to the path of an otelcol-contrib from \
              https://github.com/open-telemetry/opentelemetry-collector-releases/releases"
         ))
     })
 }
 
-/// A private OpenTelemetry collector: takes OTLP, keeps all of it for a test to look at, gone on drop.
+/// A private OpenTelemetry collector that receives OTLP and keeps everything for tests to inspect. It is stopped and
+/// removed on drop.
 #[derive(Debug)]
 pub struct Collector {
     process: Process,
@@ -62,10 +68,11 @@ struct Ports {
 }
 
 impl Collector {
-    /// Starts one on free ports; returns when it takes telemetry, in half a second once the program is there.
+    /// Starts a collector on free ports and waits until it accepts telemetry, which takes half a second if the program is
+    /// installed or cached.
     ///
     /// # Errors
-    /// When there is no program and it cannot be built, or the collector does not start.
+    /// If no collector is installed and none can be built, or the collector does not start.
     pub fn start() -> Result<Self, Error> {
         let mut attempts = 5;
         loop {
@@ -74,17 +81,18 @@ impl Collector {
             let collector = Self::launch(Ports { grpc, http, prometheus, health })?;
             match collector.wait_until_ready() {
                 Ok(()) => return Ok(collector),
-                // Another program was given a port in between: take others.
+                // Another program has taken a port in the meantime: retry with other ports.
                 Err(_) if attempts > 0 && collector.debug_log().contains("address already in use") => {}
                 Err(error) => return Err(error),
             }
         }
     }
 
-    /// Starts it again after [`stop`](Self::stop) or [`kill`](Self::kill), at the same endpoints, with nothing received yet.
+    /// Starts the collector again at the same endpoints after [`stop`](Self::stop) or [`kill`](Self::kill). What it
+    /// received before is discarded.
     ///
     /// # Errors
-    /// When it does not start, for one because another program has taken a port in the meantime.
+    /// If the collector does not start, for example because another program has taken a port in the meantime.
     pub fn restart(&mut self) -> Result<(), Error> {
         if !self.process.has_exited() {
             self.stop()?;
@@ -117,7 +125,7 @@ impl Collector {
     fn wait_until_ready(&self) -> Result<(), Error> {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
-            // A stranger on the port cannot be taken for it: then the collector itself could not start, and says so.
+            // Another program that answers on the port is not enough: the collector must log that it is ready.
             if http::get(self.ports.health, "/").is_ok_and(|(status, _)| status == 200) && self.is_listening()
             {
                 return Ok(());
@@ -133,47 +141,47 @@ impl Collector {
         !self.process.has_exited() && self.debug_log().contains("Everything is ready")
     }
 
-    /// Where it takes OTLP by gRPC.
+    /// Returns the OTLP/gRPC endpoint.
     pub fn grpc_endpoint(&self) -> String {
         format!("http://127.0.0.1:{}", self.ports.grpc)
     }
 
-    /// Where it takes OTLP by HTTP; the signals' paths (`/v1/traces` ...) are not in it.
+    /// Returns the OTLP/HTTP endpoint, without the path of a signal such as `/v1/traces`.
     pub fn http_endpoint(&self) -> String {
         format!("http://127.0.0.1:{}", self.ports.http)
     }
 
-    /// The port of [`http_endpoint`](Self::http_endpoint).
+    /// Returns the port of [`http_endpoint`](Self::http_endpoint).
     pub fn http_port(&self) -> u16 {
         self.ports.http
     }
 
-    /// What a Prometheus server would be shown now.
+    /// Returns the metrics as a Prometheus server would scrape them now.
     ///
     /// # Errors
-    /// When the collector does not answer.
+    /// If the collector does not answer.
     pub fn prometheus_text(&self) -> Result<String, Error> {
         http::get(self.ports.prometheus, "/metrics")
             .map(|(_, body)| body)
             .context("cannot scrape the collector")
     }
 
-    /// All spans received up to now, in the order in which they came.
+    /// Returns all spans received so far, in order of arrival.
     pub fn spans(&self) -> Vec<Span> {
         telemetry::spans(&self.received("traces"))
     }
 
-    /// All log records received up to now, in the order in which they came.
+    /// Returns all log records received so far, in order of arrival.
     pub fn logs(&self) -> Vec<Log> {
         telemetry::logs(&self.received("logs"))
     }
 
-    /// All metrics received up to now, in the order in which they came: once for each export.
+    /// Returns all metrics received so far, in order of arrival, once per export.
     pub fn metrics(&self) -> Vec<Metric> {
         telemetry::metrics(&self.received("metrics"))
     }
 
-    /// The metric of this name, as it was last exported.
+    /// Returns the metric of this name as it was last exported.
     pub fn metric(&self, name: &str) -> Option<Metric> {
         self.metrics().into_iter().rfind(|metric| metric.name == name)
     }
@@ -182,23 +190,23 @@ impl Collector {
         fs::read_to_string(self.process.dir().join(format!("{signal}.jsonl"))).unwrap_or_default()
     }
 
-    /// What the collector has logged: all that it received is in it, in words.
+    /// Returns the collector's log, which contains everything it received as text.
     pub fn debug_log(&self) -> String {
         self.process.log()
     }
 
-    /// Stops it; it writes out what it has first. What it received can still be read.
+    /// Stops the collector, which writes out everything it has first. What it received can still be read.
     ///
     /// # Errors
-    /// When it does not stop.
+    /// If the collector does not stop.
     pub fn stop(&self) -> Result<(), Error> {
         self.process.end("TERM", &[])
     }
 
-    /// Kills it where it stands. What it wrote before can still be read.
+    /// Kills the collector. What it had already written can still be read.
     ///
     /// # Errors
-    /// When it does not go.
+    /// If the collector does not exit.
     pub fn kill(&self) -> Result<(), Error> {
         self.process.end("KILL", &[])
     }

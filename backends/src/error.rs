@@ -1,13 +1,13 @@
 use std::fmt;
 use std::io;
 
-/// Why a server could not be had, on one line, with what to do about it.
+/// The reason why a server could not be started or used, as one line that says what to do about it.
 #[derive(Clone)]
 pub struct Error(String);
 
 impl Error {
     pub(crate) fn new(message: impl AsRef<str>) -> Self {
-        // Programs' own words come with line breaks; an error is one line.
+        // The output of programs contains line breaks, but an error is one line.
         let lines: Vec<&str> =
             message.as_ref().lines().map(str::trim).filter(|line| !line.is_empty()).collect();
         Self(lines.join(" | "))
@@ -20,7 +20,7 @@ impl fmt::Display for Error {
     }
 }
 
-/// The same as `Display`, so that `unwrap` in a test shows words.
+/// Same as `Display`, so that `unwrap` in a test prints the message.
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
@@ -29,7 +29,7 @@ impl fmt::Debug for Error {
 
 impl std::error::Error for Error {}
 
-/// Says what was tried when an operation of the system failed.
+/// Adds to an I/O error what failed.
 pub(crate) trait Context<T> {
     fn context(self, what: impl fmt::Display) -> Result<T, Error>;
 }

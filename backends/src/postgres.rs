@@ -15,7 +15,7 @@ use crate::error::{Context as _, Error};
 use crate::process::{Dir, Plan, Process, free_ports, random_hex};
 use binaries::Binaries;
 
-/// Makes the database and becomes the server.
+/// Creates the database cluster, then replaces itself by the server.
 const LAUNCH: &str = r#"
 bin=$1 dir=$2
 shift 2
@@ -25,23 +25,25 @@ rm "$dir/password"
 exec "$bin/postgres" -D "$dir/data" "$@"
 "#;
 
-/// A killed server leaves its System V segment, whose id stands in postmaster.pid, and the system has few of them.
+/// Removes the System V shared memory segment that a killed server leaves behind, since the system has few of them. Its
+/// id is in postmaster.pid.
 const CLEANUP: &str = r#"
 set -- $(sed -n 7p "$dir/data/postmaster.pid" 2>/dev/null)
 [ $# -eq 2 ] && ipcrm -m "$2"
 "#;
 
-/// Speed instead of durability, since the data is not to outlive the process.
+/// Settings that trade durability for speed, since the data does not outlive the process.
 const SETTINGS: [(&str, &str); 5] = [
     ("listen_addresses", "127.0.0.1"),
     ("fsync", "off"),
     ("full_page_writes", "off"),
     ("synchronous_commit", "off"),
-    // In the data folder rather than /dev/shm, so that a killed server leaves nothing behind.
+    // Shared memory in the data folder rather than in /dev/shm, so that a killed server leaves nothing behind.
     ("dynamic_shared_memory_type", "mmap"),
 ];
 
-/// A private Postgres server: loopback and Unix socket only, its own password, gone with its data on drop.
+/// A private Postgres server with a random password that listens on loopback and on a Unix socket only. The server and
+/// its data are removed on drop.
 pub struct Postgres {
     process: Process,
     bin: PathBuf,
@@ -50,7 +52,7 @@ pub struct Postgres {
     password: String,
 }
 
-/// Settings for a [`Postgres`] to come.
+/// A builder for a [`Postgres`] with custom settings and files.
 #[derive(Clone, Debug, Default)]
 pub struct Builder {
     settings: Vec<(String, String)>,
@@ -65,7 +67,7 @@ impl Builder {
         self
     }
 
-    /// Puts a file that only the server can read beside its data folder; a setting names it as `../name`:
+    /// Adds a file that only the server can read, next to its data folder. Settings refer to it as `../name`:
     /// `file("server.key", key).set("ssl_key_file", "../server.key")`.
     #[must_use]
     pub fn file(mut self, name: &str, contents: impl Into<Vec<u8>>) -> Self {
@@ -73,10 +75,10 @@ impl Builder {
         self
     }
 
-    /// Starts the server; returns when it takes connections, in less than a second if Postgres is installed.
+    /// Starts the server and waits until it accepts connections, which takes less than a second if Postgres is installed.
     ///
     /// # Errors
-    /// When there is no Postgres and none can be fetched, or the server does not start.
+    /// If Postgres is neither installed nor can be downloaded, or the server does not start.
     pub fn start(&self) -> Result<Postgres, Error> {
         let account = Account::unprivileged()?;
         let binaries = Binaries::find(account)?;
@@ -86,7 +88,7 @@ impl Builder {
             let server = self.launch(&binaries, account)?;
             match server.wait_until_ready() {
                 Ok(()) => return Ok(server),
-                // Another program was given the port in between: take another one.
+                // Another program has taken the port in the meantime: retry with another one.
                 Err(_) if attempts > 0 && server.log().contains("Address already in use") => {}
                 Err(error) => return Err(error),
             }
@@ -109,7 +111,7 @@ impl Builder {
         let mut command = ["/bin/sh", "-c", LAUNCH, "launch"].map(OsStr::new).to_vec();
         command.extend([binaries.bin.as_os_str(), path.as_os_str()]);
         command.extend(settings.iter().flat_map(|setting| [OsStr::new("-c"), OsStr::new(setting)]));
-        // SIGINT is the fast shutdown, which ends the clients' sessions; SIGQUIT the immediate one.
+        // SIGINT requests a fast shutdown, which terminates the clients' sessions, and SIGQUIT an immediate one.
         let plan = Plan { account, signals: ["INT", "QUIT"], cleanup: CLEANUP, env: &[], command: &command };
         let process = Process::start(dir, &plan)?;
         Ok(Postgres { process, bin: binaries.bin.clone(), major: binaries.major, port, password })
@@ -117,15 +119,15 @@ impl Builder {
 }
 
 impl Postgres {
-    /// Starts a server with the usual settings.
+    /// Starts a server with the default settings.
     ///
     /// # Errors
-    /// As for [`Builder::start`].
+    /// Same as for [`Builder::start`].
     pub fn start() -> Result<Self, Error> {
         Self::builder().start()
     }
 
-    /// A server with settings of its own.
+    /// Returns a builder for a server with custom settings.
     pub fn builder() -> Builder {
         Builder::default()
     }
@@ -138,7 +140,7 @@ impl Postgres {
             }
             if self.process.has_exited() || Instant::now() > deadline {
                 return Err(Error::new(format!(
-                    "the Postgres of {} did not start: {}",
+                    "Postgres in {} did not start: {}",
                     self.bin.display(),
                     self.process.log_tail()
                 )));
@@ -147,68 +149,68 @@ impl Postgres {
         }
     }
 
-    /// A line, counted from 1, of the file in which a server says how it is.
+    /// Returns a line, counted from 1, of postmaster.pid, which contains the server's status.
     fn lock_file_line(&self, number: usize) -> Option<String> {
         let text = fs::read_to_string(self.process.dir().join("data/postmaster.pid")).ok()?;
         text.lines().nth(number - 1).map(|line| line.trim().to_owned())
     }
 
-    /// The URL of the database `postgres`, with the superuser `postgres` and the password, by TCP.
+    /// Returns the URL of the database `postgres` for the superuser `postgres` over TCP, including the password.
     pub fn url(&self) -> String {
         self.url_for("postgres")
     }
 
-    /// The URL of another database, whose name is plain (letters, digits, `_`).
+    /// Returns the URL of another database, whose name must consist of letters, digits and `_`.
     pub fn url_for(&self, database: &str) -> String {
         format!("postgres://postgres:{}@127.0.0.1:{}/{database}", self.password, self.port)
     }
 
-    /// The port on 127.0.0.1, and in the name of the Unix socket.
+    /// Returns the port on 127.0.0.1, which is also part of the Unix socket's name.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// The password of the superuser `postgres`; asked for by SCRAM-SHA-256.
+    /// Returns the password of the superuser `postgres`, for authentication by SCRAM-SHA-256.
     pub fn password(&self) -> &str {
         &self.password
     }
 
-    /// The folder of the Unix socket: `host` in a connection string.
+    /// Returns the folder of the Unix socket, to be used as `host` in a connection string.
     pub fn socket_dir(&self) -> &Path {
         self.process.dir()
     }
 
-    /// The pid of the postmaster.
+    /// Returns the pid of the postmaster.
     ///
     /// # Panics
-    /// When the server was stopped.
+    /// If the server has been stopped.
     pub fn postmaster_pid(&self) -> u32 {
         self.lock_file_line(1).and_then(|line| line.parse().ok()).expect("the server is running")
     }
 
-    /// The major version, such as 18.
+    /// Returns the major version, such as 18.
     pub fn version(&self) -> u32 {
         self.major
     }
 
-    /// All that the server has logged.
+    /// Returns the server's log.
     pub fn log(&self) -> String {
         self.process.log()
     }
 
-    /// Makes a database with a plain name and returns its URL.
+    /// Creates a database, whose name must consist of letters, digits and `_`, and returns its URL.
     ///
     /// # Errors
-    /// When the server refuses.
+    /// If the server rejects the name, or already has such a database.
     pub fn create_database(&self, name: &str) -> Result<String, Error> {
         self.psql("postgres", &format!("CREATE DATABASE \"{name}\""))?;
         Ok(self.url_for(name))
     }
 
-    /// Runs a script in `database` by the server's own `psql`, up to the first error; returns what it prints, unaligned.
+    /// Runs a script in `database` by the server's own `psql` and returns its unaligned output. Stops at the first error.
     ///
     /// # Errors
-    /// When there is no `psql` beside the server, or a statement fails.
+    /// If there is no `psql` in the server's folder, or a statement fails.
     pub fn psql(&self, database: &str, script: &str) -> Result<String, Error> {
         let program = self.bin.join("psql");
         let mut command = Command::new(&program);
@@ -217,31 +219,31 @@ impl Postgres {
         let mut child = command.spawn().context(format!("cannot run {}", program.display()))?;
         let mut input = child.stdin.take();
         let output = std::thread::scope(|scope| {
-            // Written beside the reading: neither pipe can fill up and stop the other.
+            // The script is written while the output is read, so that neither pipe can fill up and block the other.
             scope.spawn(move || input.as_mut().map(|input| input.write_all(script.as_bytes())));
             child.wait_with_output()
         });
-        let output = output.context("psql was lost")?;
+        let output = output.context("cannot read the output of psql")?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
         Err(Error::new(format!("psql: {}", String::from_utf8_lossy(&output.stderr))))
     }
 
-    /// Stops the server as an administrator does: sessions are ended, and told so. Returns when it is down.
+    /// Stops the server as an administrator does: sessions are terminated, with an error. Returns when the server is down.
     ///
     /// # Errors
-    /// When it does not stop.
+    /// If the server does not stop.
     pub fn stop(&self) -> Result<(), Error> {
         self.process.end("INT", &[])
     }
 
-    /// Kills the server and its sessions, as the loss of the machine would. Returns when the postmaster is gone.
+    /// Kills the server and its sessions, as if the machine had crashed. Returns when the postmaster has exited.
     ///
     /// # Errors
-    /// When it does not go.
+    /// If the postmaster does not exit.
     pub fn kill(&self) -> Result<(), Error> {
-        // Not every Linux has this file; without it, the sessions end by themselves when they miss the postmaster.
+        // Not every Linux has this file. Without it, the sessions exit when they notice that the postmaster is gone.
         let pid = self.postmaster_pid();
         let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
         let children: Vec<u32> = children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect();
@@ -249,7 +251,7 @@ impl Postgres {
     }
 }
 
-/// Without the password.
+/// Does not show the password.
 impl fmt::Debug for Postgres {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Postgres")

@@ -1,4 +1,4 @@
-//! A server that cannot outlive us, and the folder that goes with it.
+//! A server process that cannot outlive its owner, and its folder.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -14,10 +14,10 @@ use crate::account::{self, Account};
 use crate::error::{Context as _, Error};
 use crate::wait_until;
 
-/// Holds the server, and reads a pipe that only we hold: when we are gone, in whatever way, the pipe closes, and it
-/// stops the server and removes the folder. A line `SIGNAL PID...` on the pipe sends that signal.
+/// Runs the server and reads a pipe whose other end only this process holds. However this process ends, the pipe closes,
+/// and the supervisor stops the server and removes the folder. A line `SIGNAL PID...` on the pipe sends that signal.
 ///
-/// Nothing is signalled after `exited` is there, since the pid may be another program's by then.
+/// No signal is sent once the file `exited` exists, since the pid may then belong to another process.
 const SUPERVISOR: &str = r#"
 dir=$1 soft=$2 hard=$3 cleanup=$4
 shift 4
@@ -39,17 +39,17 @@ wait "$server"
 echo "$?" >"$dir/exited"
 wait
 eval "$cleanup"
-# A killed server's children may still be writing.
+# The children of a killed server may still be writing.
 for _ in 1 2 3 4 5 6 7 8 9 10; do rm -rf "$dir" && break; sleep 0.1; done
 "#;
 
-/// What to start, and how it is stopped.
+/// What to start, and how to stop it.
 #[derive(Debug)]
 pub(crate) struct Plan<'a> {
     pub(crate) account: Option<Account>,
-    /// The signal that asks it to stop, and the one that follows 5 s later.
+    /// The signal that asks the server to stop, and the one that follows after 5 s.
     pub(crate) signals: [&'static str; 2],
-    /// Shell commands that run once it is gone, while `$dir` is still there.
+    /// Shell commands that run after the server has exited and before `$dir` is removed.
     pub(crate) cleanup: &'static str,
     pub(crate) env: &'a [(&'a str, &'a str)],
     /// The program and its arguments.
@@ -69,10 +69,10 @@ impl Process {
         let mut command = Command::new("/bin/sh");
         command.args(["-c", SUPERVISOR, "supervisor"]).arg(dir.path()).args(plan.signals).arg(plan.cleanup);
         command.args(plan.command);
-        // Nothing of ours may change what the server does (PGDATA, PGPORT, OTEL_...).
+        // The environment of this process must not affect the server (PGDATA, PGPORT, OTEL_...).
         command.env_clear().env("PATH", path()).env("LC_ALL", "C").env("TZ", "UTC");
         command.envs(plan.env.iter().copied());
-        // A group of its own: Ctrl-C must reach us alone, so that we can still talk to the server while we wind up.
+        // A separate process group: Ctrl-C must reach this process only, which may still use the server to shut down.
         command.process_group(0).current_dir("/");
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut supervisor =
@@ -85,7 +85,7 @@ impl Process {
         self.dir.path()
     }
 
-    /// The server's own pid; `None` in the moment before it is known.
+    /// Returns the server's pid, or `None` if it is not known yet.
     pub(crate) fn pid(&self) -> Option<u32> {
         self.read("pid").trim().parse().ok()
     }
@@ -94,12 +94,12 @@ impl Process {
         self.dir().join("exited").exists()
     }
 
-    /// All that the server has said.
+    /// Returns all output of the server.
     pub(crate) fn log(&self) -> String {
         self.read("log")
     }
 
-    /// The last lines of the log, for an error.
+    /// Returns the last lines of the log, for an error message.
     pub(crate) fn log_tail(&self) -> String {
         let log = self.log();
         let lines: Vec<&str> = log.lines().collect();
@@ -112,7 +112,7 @@ impl Process {
             .unwrap_or_default()
     }
 
-    /// Has a signal sent to `pids` by the supervisor, which runs as the server's account.
+    /// Sends a signal to `pids` through the supervisor, which runs as the server's account.
     pub(crate) fn signal(&self, name: &str, pids: &[u32]) -> Result<(), Error> {
         let pids: Vec<String> = pids.iter().map(ToString::to_string).collect();
         let mut pipe = self.pipe.lock().unwrap_or_else(PoisonError::into_inner);
@@ -124,9 +124,9 @@ impl Process {
         }
     }
 
-    /// Sends the signal to the server and `others`, and waits until it is gone. The folder stays until drop.
+    /// Sends the signal to the server and `others`, and waits until the server has exited. The folder stays until drop.
     pub(crate) fn end(&self, signal: &str, others: &[u32]) -> Result<(), Error> {
-        let pid = self.pid().ok_or_else(|| Error::new("the server has no pid yet"))?;
+        let pid = self.pid().ok_or_else(|| Error::new("the server has not started yet"))?;
         self.signal(signal, &[&[pid], others].concat())?;
         if wait_until(Duration::from_secs(10), || self.has_exited()) {
             return Ok(());
@@ -141,33 +141,36 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         drop(self.pipe.get_mut().unwrap_or_else(PoisonError::into_inner).take());
-        // It ends within 8 s, with SIGKILL at the worst; usually in a tenth of one.
+        // The supervisor exits within 8 s, after SIGKILL at the latest, and usually within 100 ms.
         let _ = self.supervisor.get_mut().unwrap_or_else(PoisonError::into_inner).wait();
     }
 }
 
-/// Our own PATH, and the standard places after it, for the supervisor's `rm` and `sleep`.
+/// Returns `PATH` followed by the standard folders, which the supervisor needs for `rm` and `sleep`.
 fn path() -> String {
     format!("{}:/usr/local/bin:/usr/bin:/bin", std::env::var("PATH").unwrap_or_default())
 }
 
-/// A folder for one server; removed on drop.
+/// The folder of one server; removed on drop.
 #[derive(Debug)]
 pub(crate) struct Dir(PathBuf);
 
 impl Dir {
-    /// Makes it where `account` can come to and remove it, with a path short enough for a Unix socket in it (107 bytes).
+    /// Creates the folder where `account` can use and remove it, with a path short enough for a Unix socket (107 bytes).
     pub(crate) fn new(kind: &str, account: Option<Account>) -> Result<Self, Error> {
-        let suits = |base: &PathBuf| {
+        let is_suitable = |base: &PathBuf| {
             base.as_os_str().len() < 70 && (account.is_none() || account::open_to_others(base, 0o7))
         };
         let bases = [std::env::temp_dir(), "/tmp".into(), "/var/tmp".into()];
         let base = bases
             .into_iter()
-            .find(suits)
-            .ok_or_else(|| Error::new("no folder for temporary files: /tmp and /var/tmp are closed"))?;
+            .find(is_suitable)
+            .ok_or_else(|| Error::new("no suitable folder for temporary files (TMPDIR, /tmp, /var/tmp); set TMPDIR to a short path that every user can write to"))?;
         let path = base.join(format!("fraiseql-{kind}-{:.12}", random_hex()?));
-        fs::DirBuilder::new().mode(0o700).create(&path).context(format!("cannot make {}", path.display()))?;
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .context(format!("cannot create {}", path.display()))?;
         let dir = Self(path);
         dir.give_to(dir.path(), account, 0o755)?;
         Ok(dir)
@@ -177,7 +180,7 @@ impl Dir {
         &self.0
     }
 
-    /// Puts a file that only `account` can read.
+    /// Writes a file that only `account` can read.
     pub(crate) fn put(&self, name: &str, contents: &[u8], account: Option<Account>) -> Result<(), Error> {
         let path = self.0.join(name);
         fs::write(&path, contents).context(format!("cannot write {}", path.display()))?;
@@ -185,23 +188,23 @@ impl Dir {
     }
 
     fn give_to(&self, path: &Path, account: Option<Account>, mode: u32) -> Result<(), Error> {
-        let given =
+        let result =
             fs::set_permissions(path, fs::Permissions::from_mode(mode)).and_then(|()| match account {
                 Some(Account { uid, gid }) => std::os::unix::fs::chown(path, Some(uid), Some(gid)),
                 None => Ok(()),
             });
-        given.context(format!("cannot hand over {}", self.0.display()))
+        result.context(format!("cannot change the owner of the files in {}", self.0.display()))
     }
 }
 
 impl Drop for Dir {
     fn drop(&mut self) {
-        // Usually the supervisor has done it.
+        // Usually the supervisor has already removed it.
         let _ = fs::remove_dir_all(&self.0);
     }
 }
 
-/// 32 random hexadecimal digits.
+/// Returns 32 random hexadecimal digits.
 pub(crate) fn random_hex() -> Result<String, Error> {
     let mut bytes = [0; 16];
     fs::File::open("/dev/urandom")
@@ -210,7 +213,7 @@ pub(crate) fn random_hex() -> Result<String, Error> {
     Ok(format!("{:032x}", u128::from_ne_bytes(bytes)))
 }
 
-/// Ports of 127.0.0.1 that are free now. All are held until all are known, so they differ.
+/// Returns ports of 127.0.0.1 that are currently free. All are bound at the same time, so they differ.
 pub(crate) fn free_ports<const N: usize>() -> Result<[u16; N], Error> {
     let mut held = Vec::with_capacity(N);
     let mut ports = [0; N];
@@ -222,7 +225,7 @@ pub(crate) fn free_ports<const N: usize>() -> Result<[u16; N], Error> {
     Ok(ports)
 }
 
-/// Tells the user why it takes a while. Not by `eprintln!`, which a test's harness would hold back.
+/// Writes a progress message to standard error, but not by `eprintln!`, whose output the test harness captures.
 pub(crate) fn announce(message: &str) {
     let _ = writeln!(io::stderr(), "{message}");
 }

@@ -1,4 +1,4 @@
-//! The private collector: what is sent to it can be looked at, and it never outlives its owner.
+//! The private collector: tests can inspect what it receives, and it never outlives its owner.
 
 use std::process::Command;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use backends::{Collector, collector_program, http, wait_until};
 use serde_json::json;
 
-const SOON: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 fn send(collector: &Collector, signal: &str, body: &serde_json::Value) {
     let (status, answer) =
@@ -20,7 +20,7 @@ fn resource() -> serde_json::Value {
 }
 
 #[test]
-fn a_histogram_arrives_whole_and_prometheus_sees_its_name_to_the_letter() {
+fn histogram_is_received_unchanged_and_exposed_under_the_same_name() {
     let collector = Collector::start().unwrap();
     let point = json!({
         "attributes": [{"key": "entity", "value": {"stringValue": "orders"}}],
@@ -37,7 +37,7 @@ fn a_histogram_arrives_whole_and_prometheus_sees_its_name_to_the_letter() {
         &json!({"resourceMetrics": [{"resource": resource(), "scopeMetrics": [scope]}]}),
     );
 
-    assert!(wait_until(SOON, || !collector.metrics().is_empty()), "{}", collector.debug_log());
+    assert!(wait_until(TIMEOUT, || !collector.metrics().is_empty()), "{}", collector.debug_log());
     let metric = collector.metric("fraiseql_channel_occupancy_rows").unwrap();
     assert_eq!((metric.kind, metric.temporality, metric.unit.as_str()), ("histogram", "cumulative", "{row}"));
     assert_eq!((metric.scope.as_str(), &metric.resource["service.name"]), ("test.scope", &json!("shop")));
@@ -51,14 +51,14 @@ fn a_histogram_arrives_whole_and_prometheus_sees_its_name_to_the_letter() {
         text.lines().any(|line| line.starts_with("fraiseql_channel_occupancy_rows_bucket{entity=\"orders\""))
     };
     assert!(
-        wait_until(SOON, || line(&collector.prometheus_text().unwrap())),
+        wait_until(TIMEOUT, || line(&collector.prometheus_text().unwrap())),
         "{}",
         collector.prometheus_text().unwrap()
     );
 }
 
 #[test]
-fn a_span_and_a_log_record_arrive_with_what_belongs_to_them() {
+fn span_and_log_record_are_received_with_all_fields() {
     let collector = Collector::start().unwrap();
     let (trace, id, parent) = ("0af7651916cd43dd8448eb211c80319c", "0102030405060708", "0102030405060709");
     let span = json!({
@@ -75,7 +75,7 @@ fn a_span_and_a_log_record_arrive_with_what_belongs_to_them() {
     let scope = json!({"scope": {"name": "test.scope"}, "logRecords": [log]});
     send(&collector, "logs", &json!({"resourceLogs": [{"resource": resource(), "scopeLogs": [scope]}]}));
 
-    // A stop writes out all that came.
+    // Stopping the collector writes out everything it has received.
     collector.stop().unwrap();
     let span = &collector.spans()[0];
     assert_eq!((span.name.as_str(), span.kind, span.status_code), ("SELECT orders", "client", "error"));
@@ -93,7 +93,7 @@ fn a_span_and_a_log_record_arrive_with_what_belongs_to_them() {
 }
 
 #[test]
-fn a_killed_collector_refuses_until_it_is_started_again_at_the_same_place() {
+fn killed_collector_refuses_connections_until_it_is_restarted_at_the_same_endpoints() {
     let mut collector = Collector::start().unwrap();
     let (grpc, http) = (collector.grpc_endpoint(), collector.http_endpoint());
     collector.kill().unwrap();
@@ -104,7 +104,7 @@ fn a_killed_collector_refuses_until_it_is_started_again_at_the_same_place() {
 }
 
 #[test]
-fn a_dropped_collector_is_gone() {
+fn dropped_collector_stops_listening() {
     let collector = Collector::start().unwrap();
     let port = collector.http_port();
     drop(collector);
@@ -112,7 +112,7 @@ fn a_dropped_collector_is_gone() {
 }
 
 #[test]
-fn a_wrong_configuration_is_refused() {
+fn invalid_configuration_is_rejected() {
     let program = collector_program().unwrap();
     let validate =
         |config: &str| Command::new(&program).args(["validate", "--config", config]).output().unwrap();

@@ -1,4 +1,4 @@
-//! The files that users run: `docker-compose.yml` and what it mounts. No container runtime is needed to check them.
+//! Checks `docker-compose.yml` and the files it mounts, without a container runtime.
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use std::time::Duration;
 use backends::{Collector, Postgres, collector_program, go, http, wait_until};
 use serde_json::{Value, json};
 
-/// Docker Compose's own loader.
+/// A program around Docker Compose's own loader.
 const COMPOSECHECK: go::Module = go::Module {
     name: "composecheck",
     files: &[
@@ -16,19 +16,19 @@ const COMPOSECHECK: go::Module = go::Module {
         ("go.sum", include_str!("../composecheck/go.sum")),
         ("main.go", include_str!("../composecheck/main.go")),
     ],
-    takes: "15 seconds",
+    build_time: "15 seconds",
 };
 
-const SOON: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate is in the repository").to_owned()
 }
 
-/// Loads a Compose file: what it comes to, or what is wrong with it.
+/// Loads a Compose file and returns the resulting project, or the loader's error.
 fn compose(file: &Path) -> Result<Value, String> {
     let program = COMPOSECHECK.program().expect("composecheck builds");
-    // A port or password in our environment is not what the file says.
+    // A port or password in the environment of this test would override the file.
     let output = Command::new(program).arg(file).env_clear().output().expect("composecheck runs");
     if !output.status.success() {
         return Err(String::from_utf8_lossy(&output.stderr).into_owned());
@@ -36,10 +36,10 @@ fn compose(file: &Path) -> Result<Value, String> {
     Ok(serde_json::from_slice(&output.stdout).expect("composecheck prints JSON"))
 }
 
-/// The services of `docker-compose.yml`, with their names.
+/// Returns the services of `docker-compose.yml` by name.
 fn services() -> Vec<(String, Value)> {
     let project = compose(&root().join("docker-compose.yml")).expect("docker-compose.yml loads");
-    let services = project["services"].as_object().expect("it has services");
+    let services = project["services"].as_object().expect("the project has services");
     services.iter().map(|(name, service)| (name.clone(), service.clone())).collect()
 }
 
@@ -57,7 +57,7 @@ fn every_published_port_is_on_loopback() {
         }
     }
     for port in ["5432", "4317", "4318", "9090", "3200", "3000"] {
-        assert!(published.iter().any(|published| published == port), "{port} is not in {published:?}");
+        assert!(published.iter().any(|published| published == port), "{port} is missing in {published:?}");
     }
 }
 
@@ -73,7 +73,7 @@ fn every_image_is_pinned_to_a_version_and_every_log_is_bounded() {
 }
 
 #[test]
-fn every_mounted_file_is_there() {
+fn every_mounted_file_exists() {
     let mut mounted = Vec::new();
     for (name, service) in services() {
         for mount in list(&service, "volumes").iter().filter(|mount| mount["type"] == "bind") {
@@ -88,29 +88,32 @@ fn every_mounted_file_is_there() {
 }
 
 #[test]
-fn a_compose_file_that_is_wrong_is_refused() {
+fn invalid_compose_file_is_rejected() {
     let folder = std::env::temp_dir().join(format!("fraiseql-compose-{}", std::process::id()));
     std::fs::create_dir(&folder).unwrap();
     let file = folder.join("docker-compose.yml");
     std::fs::write(&file, "services: {one: {image: \"one:1.0\", depends_on: [two]}}\n").unwrap();
-    let refused = compose(&file);
+    let result = compose(&file);
     std::fs::remove_dir_all(&folder).unwrap();
-    assert!(refused.unwrap_err().contains("two"));
+    assert!(result.unwrap_err().contains("two"));
 }
 
 #[test]
-fn the_orders_can_be_loaded_and_are_what_the_examples_stream() {
+fn seed_script_creates_the_orders_that_the_examples_stream() {
     let server = Postgres::start().unwrap();
     let script = std::fs::read_to_string(root().join("deploy/postgres/seed.sql")).unwrap();
     server.psql("postgres", &script).unwrap();
-    let ask = |sql| server.psql("postgres", sql).unwrap();
-    assert_eq!(ask("SELECT count(*) FROM orders"), "200000\n");
-    assert_eq!(ask("SELECT count(DISTINCT data->>'status') FROM orders"), "4\n");
-    assert_eq!(ask("SELECT count(*) FROM orders WHERE (data->>'id')::bigint <> id"), "0\n");
-    assert_eq!(ask("SELECT bool_and(jsonb_array_length(data->'lines') BETWEEN 1 AND 5) FROM orders"), "t\n");
+    let query = |sql| server.psql("postgres", sql).unwrap();
+    assert_eq!(query("SELECT count(*) FROM orders"), "200000\n");
+    assert_eq!(query("SELECT count(DISTINCT data->>'status') FROM orders"), "4\n");
+    assert_eq!(query("SELECT count(*) FROM orders WHERE (data->>'id')::bigint <> id"), "0\n");
+    assert_eq!(
+        query("SELECT bool_and(jsonb_array_length(data->'lines') BETWEEN 1 AND 5) FROM orders"),
+        "t\n"
+    );
 }
 
-/// A collector with the users' configuration; the ports are ours.
+/// A collector with the configuration for users, on free ports.
 struct UsersCollector {
     child: Child,
     http: u16,
@@ -120,21 +123,21 @@ struct UsersCollector {
 impl UsersCollector {
     fn start(tempo: &str) -> Self {
         let listeners: Vec<_> =
-            (0..4).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
+            (0..4).map(|_| TcpListener::bind("127.0.0.1:0").expect("there is a free port")).collect();
         let ports: Vec<u16> =
-            listeners.iter().map(|one| one.local_addr().expect("it is bound").port()).collect();
+            listeners.iter().map(|one| one.local_addr().expect("the listener is bound").port()).collect();
         drop(listeners);
         let names = ["OTLP_GRPC_ENDPOINT", "OTLP_HTTP_ENDPOINT", "PROMETHEUS_ENDPOINT", "HEALTH_ENDPOINT"];
         let mut command = Command::new(collector_program().expect("there is a collector"));
         command.arg("--config").arg(root().join("otel-collector.yaml")).env("TEMPO_ENDPOINT", tempo);
-        // Its own metrics would take port 8888, which may be another's.
+        // Its own metrics would use port 8888, which may be taken.
         command.args(["--config", "yaml:service::telemetry::metrics::level: none"]);
         command.envs(names.iter().zip(&ports).map(|(name, port)| (name, format!("127.0.0.1:{port}"))));
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         let collector =
             Self { child: child.expect("the collector runs"), http: ports[1], prometheus: ports[2] };
         let healthy = || http::get(ports[3], "/").is_ok_and(|(status, _)| status == 200);
-        assert!(wait_until(SOON, healthy), "the collector does not start with otel-collector.yaml");
+        assert!(wait_until(TIMEOUT, healthy), "the collector does not start with otel-collector.yaml");
         collector
     }
 
@@ -153,8 +156,8 @@ impl Drop for UsersCollector {
 }
 
 #[test]
-fn the_collector_shows_the_documented_names_to_prometheus_and_hands_traces_on() {
-    // In Tempo's place stands another collector, which keeps what it is sent.
+fn collector_exposes_documented_metric_names_and_forwards_traces() {
+    // Another collector takes the place of Tempo and keeps what it receives.
     let tempo = Collector::start().unwrap();
     let collector = UsersCollector::start(tempo.grpc_endpoint().trim_start_matches("http://"));
     let resource = json!({"attributes": [{"key": "service.name", "value": {"stringValue": "shop"}}]});
@@ -172,10 +175,10 @@ fn the_collector_shows_the_documented_names_to_prometheus_and_hands_traces_on() 
     collector.send("traces", &json!({"resourceSpans": [{"resource": resource, "scopeSpans": [scope]}]}));
 
     let line = r#"fraiseql_channel_occupancy_rows_bucket{entity="orders",job="shop",le="10"} 1"#;
-    let shown = || http::get(collector.prometheus, "/metrics").unwrap().1;
-    assert!(wait_until(SOON, || shown().lines().any(|shown| shown == line)), "{}", shown());
+    let exposed = || http::get(collector.prometheus, "/metrics").unwrap().1;
+    assert!(wait_until(TIMEOUT, || exposed().lines().any(|exposed| exposed == line)), "{}", exposed());
     assert!(
-        wait_until(SOON, || tempo.spans().iter().any(|span| span.trace_id == trace)),
+        wait_until(TIMEOUT, || tempo.spans().iter().any(|span| span.trace_id == trace)),
         "{}",
         tempo.debug_log()
     );

@@ -11,17 +11,17 @@ use std::time::{Duration, Instant};
 
 use backends::{Postgres, wait_until};
 
-const SOON: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Set for a child of these tests that is to hold a server: how it ends.
+/// Set for a child process that holds a server; the value selects how the process ends.
 const ENDING: &str = "BACKENDS_TEST_ENDING";
 
 fn is_alive(pid: u32) -> bool {
-    // A zombie has ended; it only waits for its parent to take notice.
+    // A zombie has exited and only waits to be reaped by its parent.
     std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
 }
 
-/// The answer to the first message of a client, up to and including the kind of authentication.
+/// Sends a startup message and returns the type of the answer and the authentication method it asks for.
 fn greeting(socket: &mut (impl Read + Write)) -> (u8, u32) {
     // Length, protocol 3.0, parameters.
     socket.write_all(b"\0\0\0\x17\0\x03\0\0user\0postgres\0\0").expect("the server reads");
@@ -32,7 +32,7 @@ fn greeting(socket: &mut (impl Read + Write)) -> (u8, u32) {
 }
 
 #[test]
-fn a_server_takes_connections_by_tcp_and_socket_and_asks_for_scram() {
+fn server_accepts_connections_over_tcp_and_socket_and_requires_scram() {
     let server = Postgres::start().unwrap();
     assert_eq!(greeting(&mut TcpStream::connect(("127.0.0.1", server.port())).unwrap()), (b'R', 10));
     let socket = server.socket_dir().join(format!(".s.PGSQL.{}", server.port()));
@@ -46,7 +46,7 @@ fn a_server_takes_connections_by_tcp_and_socket_and_asks_for_scram() {
 }
 
 #[test]
-fn a_server_has_its_settings_files_and_databases() {
+fn server_has_its_custom_settings_files_and_databases() {
     let server = Postgres::builder().set("max_connections", "33").file("word", "hello").start().unwrap();
     assert_eq!(server.psql("postgres", "SHOW max_connections").unwrap(), "33\n");
     assert_eq!(server.psql("postgres", "SELECT pg_read_file('../word')").unwrap(), "hello\n");
@@ -68,23 +68,23 @@ fn several_servers_run_at_once() {
 }
 
 #[test]
-fn a_dropped_server_is_gone_with_its_folder_within_a_second() {
+fn dropped_server_and_its_folder_are_removed_within_a_second() {
     let server = Postgres::start().unwrap();
     let (pid, folder) = (server.postmaster_pid(), server.socket_dir().to_owned());
     assert!(is_alive(pid) && folder.join("data").exists());
-    // A client that is connected must not hold it up.
+    // A connected client must not delay the shutdown.
     let mut client = TcpStream::connect(("127.0.0.1", server.port())).unwrap();
     greeting(&mut client);
-    let begin = Instant::now();
+    let start = Instant::now();
     drop(server);
-    let took = begin.elapsed();
+    let took = start.elapsed();
     assert!(!is_alive(pid));
     assert!(!folder.exists());
     assert!(took < Duration::from_secs(1), "{took:?}");
 }
 
 #[test]
-fn a_stopped_or_killed_server_can_still_be_asked_for_its_log() {
+fn log_of_a_stopped_or_killed_server_can_still_be_read() {
     let server = Postgres::start().unwrap();
     server.stop().unwrap();
     assert!(server.log().contains("database system is shut down"), "{}", server.log());
@@ -106,8 +106,8 @@ fn a_stopped_or_killed_server_can_still_be_asked_for_its_log() {
 }
 
 #[test]
-fn a_server_that_cannot_start_says_why_and_leaves_no_folder() {
-    // A file of this name in the folder tells ours from those of other tests.
+fn server_that_cannot_start_reports_why_and_leaves_no_folder() {
+    // This file distinguishes the folder from those of other tests.
     let marker = format!("marker-{}", std::process::id());
     let builder = Postgres::builder().set("no_such_setting", "1").file(&marker, "");
     let error = builder.start().unwrap_err().to_string();
@@ -125,7 +125,7 @@ fn a_server_that_cannot_start_says_why_and_leaves_no_folder() {
 /// Statics are never dropped.
 static HELD: OnceLock<Postgres> = OnceLock::new();
 
-/// Not a test of its own: what the tests below run as another process.
+/// Not a test by itself: the tests below run it as a child process.
 #[test]
 fn child_that_holds_a_server() {
     let Ok(ending) = std::env::var(ENDING) else {
@@ -142,9 +142,9 @@ fn child_that_holds_a_server() {
     }
 }
 
-/// A child that holds a server, the server's pid and its folder.
+/// Starts a child that holds a server, and returns it with the server's pid and folder.
 fn child(ending: &str) -> (Child, u32, PathBuf) {
-    let mut command = Command::new(std::env::current_exe().expect("a test has a program"));
+    let mut command = Command::new(std::env::current_exe().expect("the test has an executable"));
     command.args(["--exact", "child_that_holds_a_server", "--nocapture"]).env(ENDING, ending);
     let mut child = command
         .stdin(Stdio::null())
@@ -158,16 +158,16 @@ fn child(ending: &str) -> (Child, u32, PathBuf) {
         .find(|line| line.starts_with("holding "))
         .expect("the child has a server");
     let words: Vec<&str> = line.split(' ').collect();
-    (child, words[1].parse().expect("a pid"), words[2].into())
+    (child, words[1].parse().expect("the child prints a pid"), words[2].into())
 }
 
 fn assert_gone(pid: u32, folder: &Path) {
-    assert!(wait_until(SOON, || !is_alive(pid)), "server {pid} lives on");
-    assert!(wait_until(SOON, || !folder.exists()), "{} is still there", folder.display());
+    assert!(wait_until(TIMEOUT, || !is_alive(pid)), "server {pid} is still running");
+    assert!(wait_until(TIMEOUT, || !folder.exists()), "{} still exists", folder.display());
 }
 
 #[test]
-fn the_server_goes_when_its_holder_exits_without_drop_or_aborts() {
+fn server_is_removed_when_its_owner_exits_without_drop_or_aborts() {
     for ending in ["exit", "abort"] {
         let (mut child, pid, folder) = child(ending);
         child.wait().unwrap();
@@ -176,9 +176,9 @@ fn the_server_goes_when_its_holder_exits_without_drop_or_aborts() {
 }
 
 #[test]
-fn the_server_goes_when_its_holder_is_killed() {
-    // The second one has a child of its own, a `psql` in the middle of a query, which lives on for a moment: it must
-    // not have inherited what keeps the server alive.
+fn server_is_removed_when_its_owner_is_killed() {
+    // The second owner has a child, a `psql` with a running query, which survives for a moment. It must not have
+    // inherited the pipe that keeps the server alive.
     for ending in ["sleep", "psql"] {
         let (mut child, pid, folder) = child(ending);
         assert!(is_alive(pid) && folder.exists());
@@ -190,7 +190,7 @@ fn the_server_goes_when_its_holder_is_killed() {
 }
 
 #[test]
-fn the_server_is_in_a_process_group_of_its_own_and_holds_none_of_our_files() {
+fn server_has_its_own_process_group_and_inherits_no_files() {
     let server = Postgres::start().unwrap();
     let group = |pid: &str| {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();

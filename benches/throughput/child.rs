@@ -1,4 +1,4 @@
-//! A run, in a process of its own: so that all its threads are counted, and no mode disturbs the next.
+//! Runs a mode in a process of its own, so that all its threads are counted and no mode affects the next.
 
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -14,10 +14,10 @@ use crate::peers::{Peer, Raw, RawBytes, RawPrepared, Sqlx, Stream, StreamBytes, 
 use crate::plan::WarmUp;
 use crate::{Failure, f64_of};
 
-/// Set for a child: its job.
+/// Passes the job to a child process.
 const CHILD: &str = "FRAISEQL_STREAM_BENCH_JOB";
 
-/// What a child is to do.
+/// The job of a child process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Job {
     pub(crate) mode: Mode,
@@ -25,38 +25,39 @@ pub(crate) struct Job {
     pub(crate) entity: String,
     pub(crate) runtime: Runtime,
     pub(crate) warm_up: WarmUp,
-    /// Connections that are read from at the same time.
+    /// The number of connections that are read from at the same time.
     pub(crate) streams: usize,
-    /// Queries of each of them.
+    /// The number of queries on each connection.
     pub(crate) queries: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 pub(crate) enum Runtime {
-    /// Two workers, rows taken in a spawned task, as in any service.
+    /// Two workers; rows are consumed in a spawned task, as in a service
     MultiThread,
-    /// Two workers, the rows of a single stream taken in `main` itself, which is none of them.
+    /// Two workers; the rows of a single stream are consumed in `block_on`, outside the workers
     MultiThreadMain,
+    /// One thread for everything
     CurrentThread,
 }
 
-/// What a child has measured.
+/// The measurements of a child process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Outcome {
     pub(crate) rows: u64,
     pub(crate) checksum: u64,
-    /// CPU time of the whole process, in user and kernel, from the queries to the flushed telemetry.
+    /// User and kernel CPU time of the whole process, from the first query until telemetry is flushed.
     pub(crate) user: Duration,
     pub(crate) system: Duration,
-    /// What of it went into flushing telemetry at the end.
+    /// The part of it that the final flush of telemetry took.
     pub(crate) flush: Duration,
-    /// From the first query to the last row of all streams.
+    /// Elapsed time from the first query to the last row of all streams.
     pub(crate) wall: Duration,
     /// Page faults, each of which costs the kernel a microsecond or so.
     pub(crate) faults: u64,
-    /// How often a thread went to sleep.
+    /// The number of times a thread went to sleep.
     pub(crate) sleeps: u64,
-    /// From a query to its first row, for each query.
+    /// The time to the first row of each query.
     pub(crate) first_rows: Vec<Duration>,
 }
 
@@ -75,16 +76,16 @@ impl Outcome {
 }
 
 impl Job {
-    /// Has a child do it, if wished under another program. `collector` is the endpoint for a mode that exports.
+    /// Runs the job in a child process, under the command `under` if given. A mode with telemetry exports to `collector`.
     pub(crate) fn run(&self, collector: &str, under: Option<&str>) -> Result<Outcome, Failure> {
-        let own = std::env::current_exe()?;
+        let executable = std::env::current_exe()?;
         let mut words = under.into_iter().flat_map(str::split_whitespace);
         let mut child = match words.next() {
             Some(program) => Command::new(program),
-            None => Command::new(&own),
+            None => Command::new(&executable),
         };
         if under.is_some() {
-            child.args(words).arg(&own);
+            child.args(words).arg(&executable);
         }
         for (name, _) in std::env::vars_os() {
             if name.to_string_lossy().starts_with("OTEL_") {
@@ -99,19 +100,19 @@ impl Job {
         }
         let output = child.stderr(Stdio::inherit()).output()?;
         if !output.status.success() {
-            return Err(format!("{} failed: {}", self.mode, output.status).into());
+            return Err(format!("{} failed ({})", self.mode, output.status).into());
         }
         Ok(serde_json::from_slice(&output.stdout)?)
     }
 
-    /// The job of this process, if it is a child.
-    pub(crate) fn mine() -> Result<Option<Self>, Failure> {
+    /// Returns the job of this process, if it is a child.
+    pub(crate) fn from_env() -> Result<Option<Self>, Failure> {
         let job = std::env::var(CHILD).ok();
         Ok(job.map(|job| serde_json::from_str(&job)).transpose()?)
     }
 
-    /// Does it in this process.
-    pub(crate) fn work(self) -> Result<Outcome, Failure> {
+    /// Executes the job in this process.
+    pub(crate) fn execute(self) -> Result<Outcome, Failure> {
         let mut builder = match self.runtime {
             Runtime::CurrentThread => tokio::runtime::Builder::new_current_thread(),
             Runtime::MultiThread | Runtime::MultiThreadMain => {
@@ -145,9 +146,9 @@ impl Job {
     async fn measure_peer<P: Peer>(self) -> Result<Outcome, Failure> {
         let telemetry = if self.mode.has_telemetry() { Some(fraiseql_stream::otlp::init()?) } else { None };
         let mut peers = try_join_all((0..self.streams).map(|_| self.connect::<P>())).await?;
-        let (before, began) = (getrusage(UsageWho::RUSAGE_SELF)?, Instant::now());
+        let (before, start) = (getrusage(UsageWho::RUSAGE_SELF)?, Instant::now());
         let tally = self.read_all(&mut peers).await?;
-        let wall = began.elapsed();
+        let wall = start.elapsed();
         let streamed = getrusage(UsageWho::RUSAGE_SELF)?;
         if let Some(telemetry) = telemetry {
             telemetry.shutdown().await?;
@@ -169,7 +170,7 @@ impl Job {
         })
     }
 
-    /// A connection and its first queries.
+    /// Connects and runs the warm-up queries.
     async fn connect<P: Peer>(&self) -> Result<P, Failure> {
         let mut peer = P::connect(&self.url, self.warm_up.queries + self.queries).await?;
         for _ in 0..self.warm_up.queries {
@@ -178,7 +179,7 @@ impl Job {
         Ok(peer)
     }
 
-    /// A single stream is read right here, where `runtime` wants it; several have a task each.
+    /// Reads all streams: a single one in the current task, several in one task each.
     async fn read_all<P: Peer>(&self, peers: &mut Vec<P>) -> Result<Tally, Failure> {
         let mut tally = Tally::default();
         if let [peer] = peers.as_mut_slice() {
@@ -201,26 +202,26 @@ impl Job {
 
     async fn read<P: Peer>(&self, peer: &mut P, tally: &mut Tally) -> Result<(), Failure> {
         for _ in 0..self.queries {
-            tally.began = Some(Instant::now());
+            tally.start = Some(Instant::now());
             peer.read(&self.entity, None, |row| tally.count(row)).await?;
         }
         Ok(())
     }
 }
 
-/// Adds up what a peer reads.
+/// Counts the rows that a peer reads.
 #[derive(Default)]
 struct Tally {
     rows: u64,
     checksum: u64,
     first_rows: Vec<Duration>,
-    /// Since when a first row is awaited.
-    began: Option<Instant>,
+    /// The start of the current query, until its first row arrives.
+    start: Option<Instant>,
 }
 
 impl Tally {
     fn count(&mut self, row: u64) {
-        self.first_rows.extend(self.began.take().map(|began| began.elapsed()));
+        self.first_rows.extend(self.start.take().map(|start| start.elapsed()));
         self.rows += 1;
         self.checksum = self.checksum.wrapping_add(row);
     }

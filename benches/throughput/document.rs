@@ -1,10 +1,10 @@
-//! The documents that are streamed, as they are written into the table and as they are read back.
+//! The documents that are streamed: their text in the table, and the type they are decoded into.
 
 use std::fmt::Write as _;
 
 use serde::Deserialize;
 
-/// An order, as a service would declare it: owned strings, numbers, a nested list.
+/// An order as a service would declare it: owned strings, numbers, and a nested list.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Order {
     id: u64,
@@ -31,8 +31,8 @@ struct Line {
 }
 
 impl Order {
-    /// What a consumer makes of an order. It looks at every field, so that none can be optimised away, and the sum over
-    /// all rows proves that every peer has decoded the same.
+    /// Returns a checksum over all fields, so that none can be optimised away. The sum over all rows proves that every
+    /// peer decoded the same values.
     pub(crate) fn checksum(&self) -> u64 {
         let lines = self.lines.iter().map(|line| {
             let note = line.note.as_deref().map_or(0, str::len);
@@ -46,32 +46,32 @@ impl Order {
     }
 }
 
-/// The text of order `id`, `bytes` long, in the form in which Postgres writes out jsonb. The shortest is about 130 bytes.
+/// Returns the text of order `id`, formatted as Postgres prints jsonb and about `bytes` long, but at least 130 bytes.
 pub(crate) fn text(id: u64, bytes: usize) -> String {
-    let mut dice = Dice(id);
-    let customer = dice.one_of(&CUSTOMERS);
-    let status = dice.one_of(&["open", "paid", "shipped"]);
-    let total = dice.cents(10_000, 99_999);
+    let mut random = Random(id);
+    let customer = random.one_of(&CUSTOMERS);
+    let status = random.one_of(&["open", "paid", "shipped"]);
+    let total = random.cents(10_000, 99_999);
     let head = format!(r#"{{"id": {id}, "lines": ["#);
     let tail = format!(r#"], "total": {total}, "status": "{status}", "customer": "{customer}"}}"#);
     let room = bytes.saturating_sub(head.len() + tail.len());
-    head + &lines(&mut dice, room) + &tail
+    head + &lines(&mut random, room) + &tail
 }
 
-/// As many lines as `room` holds; the last is made to fill it.
-fn lines(dice: &mut Dice, room: usize) -> String {
+/// Returns as many lines as fit into `room` bytes; the last one is padded to fill it.
+fn lines(random: &mut Random, room: usize) -> String {
     const LONGEST: usize = 160;
     let mut text = String::with_capacity(room);
     while room > text.len() + 2 * LONGEST {
-        let note = dice.one_of(&NOTES);
-        line(&mut text, dice, "", Some(note));
+        let note = random.one_of(&NOTES);
+        line(&mut text, random, "", Some(note));
         text.push_str(", ");
     }
     let start = text.len();
-    let (qty_and_price, note) = (dice.clone(), dice.one_of(&NOTES));
-    line(&mut text, dice, "", None);
+    let (qty_and_price, note) = (random.clone(), random.one_of(&NOTES));
+    line(&mut text, random, "", None);
     let mut missing = room.saturating_sub(text.len());
-    // Too much for an article's number: then it is a remark.
+    // Much padding would make an unrealistic article number, so a note takes up most of it.
     let note = (missing > 40).then_some(note);
     let mut padding = String::new();
     for _ in 0..2 {
@@ -83,9 +83,9 @@ fn lines(dice: &mut Dice, room: usize) -> String {
     text
 }
 
-fn line(text: &mut String, dice: &mut Dice, padding: &str, note: Option<&str>) {
-    let (qty, article) = (dice.between(1, 9), dice.between(100, 999));
-    let price = dice.cents(100, 9_999);
+fn line(text: &mut String, random: &mut Random, padding: &str, note: Option<&str>) {
+    let (qty, article) = (random.between(1, 9), random.between(100, 999));
+    let price = random.cents(100, 9_999);
     let _ = write!(text, r#"{{"qty": {qty}, "sku": "A{article}{padding}""#);
     if let Some(note) = note {
         let _ = write!(text, r#", "note": "{note}""#);
@@ -93,7 +93,7 @@ fn line(text: &mut String, dice: &mut Dice, padding: &str, note: Option<&str>) {
     let _ = write!(text, r#", "price": {price}}}"#);
 }
 
-/// One in eight is not plain ASCII.
+/// One in eight contains non-ASCII characters.
 const CUSTOMERS: [&str; 8] = [
     "Ada Lovelace",
     "Alan Turing",
@@ -105,7 +105,7 @@ const CUSTOMERS: [&str; 8] = [
     "Leslie Lamport",
 ];
 
-/// One in eight has an escape in it.
+/// One in eight contains an escape.
 const NOTES: [&str; 8] = [
     "leave at the back door, ring twice",
     "gift wrap, no invoice in the parcel",
@@ -117,13 +117,12 @@ const NOTES: [&str; 8] = [
     "fragile",
 ];
 
-/// The same numbers for the same order in every run, and no two orders alike.
+/// A random number generator (`SplitMix64`) seeded with the order's id, so that every run has the same orders.
 #[derive(Clone)]
-struct Dice(u64);
+struct Random(u64);
 
-impl Dice {
+impl Random {
     fn between(&mut self, low: u64, high: u64) -> u64 {
-        // SplitMix64.
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -1,18 +1,18 @@
-//! What a row and what a stream cost the client: CPU time of fraiseql-stream, of its peers, and of tokio-postgres by hand.
+//! Measures the client's CPU time per row and per stream: of fraiseql-stream, of tokio-postgres, and of other clients.
 //!
-//! `cargo bench --manifest-path benches/Cargo.toml`; `-- --help` lists the options.
+//! Run it with `cargo bench --manifest-path benches/Cargo.toml`; `-- --help` lists the options.
 //!
-//! Counted is the CPU time, in user and kernel, of a process that does nothing else: with all its threads, those that
-//! export telemetry included, and the flush at its end. Postgres and the collector are processes of their own and not
-//! counted; neither are connecting and the first queries of a connection. All modes take turns within each round, in an order that
-//! changes from round to round, and each is compared with the basis of its own round.
+//! Each run is a process of its own. Its CPU time is user and kernel time of all threads, including those that export
+//! telemetry, and includes the final flush. Connecting and the warm-up queries of a connection are not counted, nor are
+//! Postgres and the collector. All modes take turns within each round, in an order that changes from round to round, and
+//! each is compared with the baseline of the same round.
 //!
-//! A row is compared with tokio-postgres given the SQL text, a stream with tokio-postgres and a statement that was
-//! prepared once. Streams are short queries one after another on a connection, streams on 1, 8 and 64 connections at
-//! once, and 80 streams that wait for Postgres nearly all the time.
+//! The baseline for rows is tokio-postgres with the SQL text in each query; the baseline for streams is tokio-postgres
+//! with a statement that was prepared once. The stream benchmarks are: short queries one after another on a connection,
+//! streams on 1, 8 and 64 connections at once, and 80 streams that wait for Postgres nearly all the time.
 //!
-//! Short queries are mostly sleeping and waking, and that costs several times as much on an idle core, which halts, as
-//! on a busy one: compare reports only if the machine was about as busy. The sleeps themselves are in the report.
+//! A short query mostly sleeps and wakes, which costs several times as much on an idle core, which halts, as on a busy
+//! one. Compare reports only if the machine was about equally busy. The report includes the number of sleeps.
 
 mod child;
 mod document;
@@ -37,59 +37,59 @@ use server::FIRST_ROW;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// CPU time per row and per stream of fraiseql-stream and its peers
+/// Measure CPU time per row and per stream of fraiseql-stream and other clients
 #[derive(Debug, clap::Parser)]
 struct Options {
-    /// How often each mode is run; streams that wait for Postgres are run once
+    /// Number of runs of each mode; streams that wait for Postgres run once
     #[arg(long, default_value_t = 9)]
     rounds: usize,
-    /// Multiplies the number of rows, and of short queries
+    /// Factor for the number of rows and of short queries
     #[arg(long, default_value_t = 1.0)]
     rows_scale: f64,
     #[command(flatten)]
     parts: Parts,
-    /// Only these modes, and what they are compared with
+    /// Run only these modes and their baselines
     #[arg(long, value_delimiter = ',', value_enum)]
     modes: Vec<Mode>,
-    /// Also rows that are not decoded
+    /// Include the modes that do not decode rows
     #[arg(long)]
     bytes: bool,
-    /// Where rows are taken
+    /// Where rows are consumed
     #[arg(long, value_enum, default_value = "multi-thread")]
     runtime: Runtime,
-    /// Short for --runtime current-thread
+    /// Same as --runtime current-thread
     #[arg(long)]
     current_thread: bool,
-    /// One JSON line per size, or kind of stream, and mode, for programs
+    /// Print the report as JSON, one line per benchmark and mode
     #[arg(long)]
     json: bool,
-    /// Runs the modes under a program, such as "valgrind --tool=callgrind": its report counts then, not the times here
+    /// Run each mode under this command, such as "valgrind --tool=callgrind"; ignore the times reported here
     #[arg(long, value_name = "COMMAND")]
     under: Option<String>,
 }
 
 impl Options {
-    /// The modes of a kind that are asked for, and their bases.
+    /// Returns the selected modes of a kind, and their baselines.
     fn modes(&self, kind: Kind) -> Vec<Mode> {
-        let is_wanted = |mode: Mode| match self.modes.as_slice() {
+        let is_selected = |mode: Mode| match self.modes.as_slice() {
             [] => self.bytes || !mode.is_bytes(),
             modes => modes.contains(&mode),
         };
         let all = || kind.modes().iter().copied();
-        let wanted: Vec<_> = all().filter(|mode| is_wanted(*mode)).collect();
-        let is_basis = |mode: Mode| wanted.iter().any(|wanted| kind.basis(*wanted) == mode);
-        all().filter(|mode| wanted.contains(mode) || is_basis(*mode)).collect()
+        let selected: Vec<_> = all().filter(|mode| is_selected(*mode)).collect();
+        let is_baseline = |mode: Mode| selected.iter().any(|selected| kind.baseline(*selected) == mode);
+        all().filter(|mode| selected.contains(mode) || is_baseline(*mode)).collect()
     }
 }
 
 fn main() -> Result<(), Failure> {
-    if let Some(job) = Job::mine()? {
-        let outcome = job.work()?;
+    if let Some(job) = Job::from_env()? {
+        let outcome = job.execute()?;
         return Ok(serde_json::to_writer(std::io::stdout(), &outcome)?);
     }
-    // `cargo bench` adds a word of its own.
-    let words = std::env::args().filter(|word| word != "--bench");
-    let mut bench = Bench::start(Options::parse_from(words))?;
+    // `cargo bench` adds an argument of its own.
+    let args = std::env::args().filter(|arg| arg != "--bench");
+    let mut bench = Bench::start(Options::parse_from(args))?;
     let runs = bench.run()?;
     let mut out = std::io::stdout().lock();
     for runs in &runs {
@@ -141,7 +141,7 @@ impl Bench {
         Ok(all)
     }
 
-    /// Every mode once, each round beginning with another one.
+    /// Runs every mode once, starting with a different one in each round.
     fn round(&mut self, round: usize, runs: &mut Runs) -> Result<(), Failure> {
         let mut checksums: Vec<(Mode, u64)> = Vec::new();
         let mut modes = self.options.modes(runs.case.kind);
@@ -183,16 +183,18 @@ fn f64_of(number: u64) -> f64 {
     number as f64
 }
 
-/// All rows came, and every mode of a kind has read the same in them.
+/// Checks that all rows were read, and that all modes of a kind read the same contents.
 fn check(mode: Mode, case: &Case, outcome: &Outcome, others: &mut Vec<(Mode, u64)>) -> Result<(), Failure> {
     if outcome.rows != case.all_rows() {
-        return Err(format!("{mode} read {} rows of {}", outcome.rows, case.all_rows()).into());
+        return Err(format!("{mode} read {} of {} rows", outcome.rows, case.all_rows()).into());
     }
     let same = others.iter().find(|(other, _)| other.is_bytes() == mode.is_bytes());
     if let Some((other, checksum)) = same.filter(|(_, checksum)| *checksum != outcome.checksum) {
-        return Err(
-            format!("{mode} read other rows than {other}: {} and {checksum}", outcome.checksum).into()
-        );
+        return Err(format!(
+            "{mode} and {other} read different rows (checksums {} and {checksum})",
+            outcome.checksum
+        )
+        .into());
     }
     others.push((mode, outcome.checksum));
     Ok(())

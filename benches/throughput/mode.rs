@@ -1,32 +1,32 @@
-//! What is compared.
+//! The modes that are compared.
 
 use std::fmt;
 
 use clap::ValueEnum as _;
 use serde::{Deserialize, Serialize};
 
-/// A way to read rows. Each runs in a process of its own.
+/// A way to read rows. Each mode runs in a process of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
 #[value(rename_all = "snake_case")]
 pub(crate) enum Mode {
-    /// tokio-postgres and `serde_json` by hand, with the SQL text in each query: the basis for rows.
+    /// tokio-postgres and `serde_json`, with the SQL text in each query; the baseline for rows
     Raw,
-    /// The same with a statement prepared once: the basis for streams.
+    /// The same with a statement that is prepared once; the baseline for streams
     RawPrepared,
-    /// fraiseql-stream without provider or subscriber.
+    /// fraiseql-stream without a telemetry provider or subscriber
     StreamTelemetryOff,
-    /// fraiseql-stream after `otlp::init()`: metrics, traces and logs to a collector.
+    /// fraiseql-stream after `otlp::init()`, exporting metrics, traces and logs to a collector
     StreamTelemetryOn,
     FraiseqlWire,
     Sqlx,
-    /// tokio-postgres, rows not decoded: the basis of the two below.
+    /// tokio-postgres without decoding; the baseline for the following two
     RawBytes,
     StreamBytesTelemetryOff,
     StreamBytesTelemetryOn,
 }
 
 impl Mode {
-    /// For the cost of a row.
+    /// The modes for the cost of a row.
     pub(crate) const ROWS: [Self; 8] = [
         Self::Raw,
         Self::StreamTelemetryOff,
@@ -38,11 +38,11 @@ impl Mode {
         Self::StreamBytesTelemetryOn,
     ];
 
-    /// For the cost of a stream. A query of fraiseql-wire uses its connection up, so it has no place here.
+    /// The modes for the cost of a stream. fraiseql-wire is missing, since each of its queries consumes a connection.
     pub(crate) const STREAMS: [Self; 5] =
         [Self::RawPrepared, Self::Raw, Self::StreamTelemetryOff, Self::StreamTelemetryOn, Self::Sqlx];
 
-    /// For the cost of waiting.
+    /// The modes for the cost of waiting.
     pub(crate) const SLOW: [Self; 2] = [Self::RawPrepared, Self::StreamTelemetryOff];
 
     pub(crate) fn is_bytes(self) -> bool {

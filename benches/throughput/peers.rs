@@ -1,4 +1,4 @@
-//! Each way to read rows, as its users write it.
+//! The clients that are compared, each used as its users would.
 
 use fraiseql_stream::RawJson;
 use futures_util::{StreamExt as _, TryStreamExt as _};
@@ -9,11 +9,13 @@ use tokio_postgres::{NoTls, RowStream, Statement};
 use crate::Failure;
 use crate::document::Order;
 
-/// A connection, ready for so many queries.
+/// A client that reads rows.
 pub(crate) trait Peer: Sized + Send + 'static {
+    /// Connects, ready for the given number of queries.
     fn connect(url: &str, queries: u64) -> impl Future<Output = Result<Self, Failure>> + Send;
 
-    /// Reads a table, or its first rows, in whatever order Postgres sends them; `take` gets each row's checksum.
+    /// Reads a table, or at most `limit` of its rows, in the order in which Postgres sends them. Calls `take` with the
+    /// checksum of each row.
     fn read(
         &mut self,
         table: &str,
@@ -27,7 +29,7 @@ fn sql(table: &str, limit: Option<u64>) -> String {
     format!("SELECT data FROM {table}{limit}")
 }
 
-/// tokio-postgres by hand.
+/// tokio-postgres with the SQL text in each query.
 pub(crate) struct Raw(tokio_postgres::Client);
 
 impl Peer for Raw {
@@ -56,10 +58,10 @@ async fn decode(rows: RowStream, mut take: impl FnMut(u64) + Send) -> Result<(),
     Ok(())
 }
 
-/// The same, each statement prepared once.
+/// The same as [`Raw`], with a statement that is prepared once.
 pub(crate) struct RawPrepared {
     raw: Raw,
-    /// The last one, by its text.
+    /// The last statement and its text.
     statement: Option<(String, Statement)>,
 }
 
@@ -110,12 +112,12 @@ impl Peer for RawBytes {
     }
 }
 
-/// The text of a jsonb value, behind the byte for its version.
+/// The text of a jsonb value, which follows a version byte.
 struct Text<'a>(&'a [u8]);
 
 impl<'a> FromSql<'a> for Text<'a> {
     fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Self, Failure> {
-        Ok(Self(raw.strip_prefix(&[1]).ok_or("unknown version of jsonb")?))
+        Ok(Self(raw.strip_prefix(&[1]).ok_or("the jsonb version is unknown (expected 1)")?))
     }
 
     fn accepts(ty: &Type) -> bool {
@@ -123,7 +125,7 @@ impl<'a> FromSql<'a> for Text<'a> {
     }
 }
 
-/// This crate. Telemetry depends on what was set up before.
+/// fraiseql-stream. It exports telemetry if that was set up before.
 pub(crate) struct Stream(fraiseql_stream::Connection);
 
 impl Peer for Stream {
@@ -149,7 +151,7 @@ impl Peer for Stream {
     }
 }
 
-/// The same, without decoding.
+/// The same as [`Stream`], without decoding.
 pub(crate) struct StreamBytes(Stream);
 
 impl Peer for StreamBytes {
@@ -175,7 +177,7 @@ impl Peer for StreamBytes {
     }
 }
 
-/// A query uses its connection up, so there is one for each.
+/// fraiseql-wire. Each query consumes a connection, so there is one per query.
 pub(crate) struct Wire(Vec<fraiseql_wire::FraiseClient>);
 
 impl Peer for Wire {
@@ -193,7 +195,7 @@ impl Peer for Wire {
         limit: Option<u64>,
         mut take: impl FnMut(u64) + Send,
     ) -> Result<(), Failure> {
-        let client = self.0.pop().ok_or("no connection is left")?;
+        let client = self.0.pop().ok_or("all connections have been used")?;
         let mut query = client.query::<Order>(table);
         if let Some(rows) = limit {
             query = query.limit(usize::try_from(rows)?);
@@ -206,6 +208,7 @@ impl Peer for Wire {
     }
 }
 
+/// sqlx.
 pub(crate) struct Sqlx(sqlx::PgConnection);
 
 impl Peer for Sqlx {

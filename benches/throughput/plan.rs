@@ -1,52 +1,52 @@
-//! What is measured: which tables are read, how often, on how many connections at once, and in which modes.
+//! The benchmarks: which tables are read, how often, on how many connections at once, and in which modes.
 
 use serde::{Deserialize, Serialize};
 
 use crate::mode::Mode;
 use crate::server::{FIRST_ROW, SIZES, Size, scaled};
 
-/// Rows of a query, streams at once, and queries of all streams together: about half a second of CPU time on a busy
-/// machine, where sleeping costs least, or more.
+/// Rows per query, streams at once, and queries of all streams together. A run takes at least half a second of CPU time,
+/// which is the case on a busy machine, where sleeping costs least.
 const SHORT: [(u64, usize, u64); 4] = [(1, 1, 48_000), (20, 1, 25_600), (20, 8, 25_600), (20, 64, 25_600)];
 
-/// A result so long that the start of its query carries no weight.
+/// A result that is long enough to make the cost of starting its query negligible.
 const LONG: Size = Size { row_bytes: 134, rows: 16_000 };
 const LONG_STREAMS: [usize; 3] = [1, 8, 64];
 const LONG_QUERIES: u64 = 64;
 
-/// Larger than the send buffer of Postgres (8 KB), so that each row leaves the server at once; 10 s of them.
+/// Rows larger than the send buffer of Postgres (8 KB), so that each is sent at once; a stream of them takes 10 s.
 const SLOW: Size = Size { row_bytes: 9 * 1024, rows: 100 };
 const SLOW_STREAMS: usize = 80;
 
-/// The parts of the benchmark; all of them run unless some are chosen.
+/// The parts of the benchmark. All of them run unless some are selected.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Parts {
-    /// Only rows of these sizes in bytes: 134, 1024, 20480
+    /// Run only the row benchmarks of these sizes in bytes: 134, 1024, 20480
     #[arg(long, value_delimiter = ',')]
     sizes: Vec<usize>,
-    /// Only short queries, and many streams at once
+    /// Run only short queries and many streams at once
     #[arg(long)]
     short: bool,
-    /// Only streams that wait for Postgres
+    /// Run only streams that wait for Postgres
     #[arg(long)]
     slow: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// What a row costs, by its size.
+    /// The cost of a row, by its size.
     Rows,
-    /// What a query of few rows costs.
+    /// The cost of a query with few rows.
     Short,
-    /// What a row costs, by the number of streams at once.
+    /// The cost of a row, by the number of streams at once.
     Long,
-    /// What streams cost that wait for Postgres.
+    /// The cost of streams that wait for Postgres.
     Slow,
 }
 
 impl Kind {
-    /// What the cost of a mode is compared with.
-    pub(crate) fn basis(self, mode: Mode) -> Mode {
+    /// Returns the mode with which a mode is compared.
+    pub(crate) fn baseline(self, mode: Mode) -> Mode {
         match self {
             Self::Rows if mode.is_bytes() => Mode::RawBytes,
             Self::Rows => Mode::Raw,
@@ -54,7 +54,7 @@ impl Kind {
         }
     }
 
-    /// In the order of the report.
+    /// Returns the modes of this kind, in the order of the report.
     pub(crate) fn modes(self) -> &'static [Mode] {
         match self {
             Self::Rows => &Mode::ROWS,
@@ -64,25 +64,25 @@ impl Kind {
     }
 }
 
-/// A table and how it is read, in every mode alike.
+/// A table and how it is read, which is the same in every mode.
 #[derive(Clone, Debug)]
 pub(crate) struct Case {
     pub(crate) kind: Kind,
     pub(crate) size: Size,
-    /// Connections that are read from at the same time.
+    /// The number of connections that are read from at the same time.
     pub(crate) streams: usize,
-    /// Queries of each connection, one after another, each of the whole table.
+    /// The number of queries on each connection, one after another. Each reads the whole table.
     pub(crate) queries: u64,
 }
 
 impl Case {
-    /// All that are asked for, with `scale` times the usual work.
+    /// Returns the selected cases, with `scale` times the default work.
     pub(crate) fn all(parts: &Parts, scale: f64) -> Vec<Self> {
         let everything = parts.sizes.is_empty() && !parts.short && !parts.slow;
         let mut cases = Vec::new();
         if everything || !parts.sizes.is_empty() {
-            let is_chosen = |size: &Size| everything || parts.sizes.contains(&size.row_bytes);
-            cases.extend(SIZES.into_iter().filter(is_chosen).map(|size| Self::rows(size.scaled(scale), 1)));
+            let is_selected = |size: &Size| everything || parts.sizes.contains(&size.row_bytes);
+            cases.extend(SIZES.into_iter().filter(is_selected).map(|size| Self::rows(size.scaled(scale), 1)));
         }
         if everything || parts.short {
             cases.extend(SHORT.map(|(rows, streams, queries)| Self {
@@ -105,17 +105,17 @@ impl Case {
         cases
     }
 
-    /// One stream after another of a table.
+    /// Reads a table `queries` times, one stream after another.
     pub(crate) fn rows(size: Size, queries: u64) -> Self {
         Self { kind: Kind::Rows, size, streams: 1, queries }
     }
 
-    /// Are its modes also measured by their time to the first row?
+    /// Returns whether the time to the first row is measured as well.
     pub(crate) fn has_first_row(&self) -> bool {
         self.kind == Kind::Rows && self.size.row_bytes == FIRST_ROW.row_bytes
     }
 
-    /// What its modes read: no other case reads the same, so that telemetry can be told apart by it.
+    /// Returns the name of the table or view. No two cases share one, so that their telemetry can be distinguished.
     pub(crate) fn entity(&self) -> String {
         let table = self.size.table();
         match self.kind {
@@ -135,7 +135,7 @@ impl Case {
 
     pub(crate) fn warm_up(&self) -> WarmUp {
         match self.kind {
-            // The very statement that is measured, so that all who keep statements have it.
+            // The measured statement itself, so that every client that caches statements has it.
             Kind::Short => WarmUp { queries: 10, limit: None },
             Kind::Rows | Kind::Long | Kind::Slow => {
                 WarmUp { queries: 1, limit: Some((self.size.rows / 50).max(1)) }
@@ -143,19 +143,19 @@ impl Case {
         }
     }
 
-    /// Rows that are not counted here, but by telemetry.
+    /// Returns the number of warm-up rows, which telemetry counts but the benchmark does not.
     pub(crate) fn warm_up_rows(&self) -> u64 {
         let WarmUp { queries, limit } = self.warm_up();
         queries * limit.unwrap_or(self.size.rows) * self.streams as u64
     }
 
-    /// Streams that wait are not measured better by being measured often.
-    pub(crate) fn rounds(&self, wanted: usize) -> usize {
-        if self.kind == Kind::Slow { wanted.min(1) } else { wanted }
+    /// Returns the number of rounds: at most one for streams that wait, since more would not improve the measurement.
+    pub(crate) fn rounds(&self, requested: usize) -> usize {
+        if self.kind == Kind::Slow { requested.min(1) } else { requested }
     }
 }
 
-/// First queries of a connection, which are not counted.
+/// The first queries of a connection, which are not measured.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct WarmUp {
     pub(crate) queries: u64,

@@ -1,4 +1,4 @@
-//! From runs to medians, as a table or as JSON lines.
+//! Medians of all runs, as a table or as JSON lines.
 
 use std::collections::HashMap;
 use std::io::{self, Write};
@@ -10,15 +10,15 @@ use crate::f64_of;
 use crate::mode::Mode;
 use crate::plan::{Case, Kind};
 
-/// The runs of a case, and the modes' times to the first row where they were measured.
+/// The runs of a case.
 #[derive(Debug)]
 pub(crate) struct Runs {
     pub(crate) case: Case,
-    /// For each mode, one outcome a round.
+    /// One outcome per round for each mode.
     pub(crate) rounds: HashMap<Mode, Vec<Outcome>>,
-    /// For each mode, in milliseconds.
+    /// The times to the first row for each mode, in milliseconds; empty if not measured.
     pub(crate) first_rows: HashMap<Mode, Vec<f64>>,
-    /// For each mode that exports, the share of its query spans that the collector received.
+    /// The share of the query spans that the collector received, for each mode with telemetry.
     pub(crate) spans: HashMap<Mode, Vec<f64>>,
 }
 
@@ -39,13 +39,13 @@ impl Runs {
         Spread::of(self.of(mode).map(value).collect())
     }
 
-    /// Each round's value in relation to the basis in the same round.
+    /// Returns the ratios of each round's value to that of the baseline in the same round.
     pub(crate) fn ratios(&self, mode: Mode, value: impl Fn(&Outcome) -> f64) -> Spread {
-        let bases = self.of(self.case.kind.basis(mode));
-        Spread::of(self.of(mode).zip(bases).map(|(run, basis)| value(run) / value(basis)).collect())
+        let baselines = self.of(self.case.kind.baseline(mode));
+        Spread::of(self.of(mode).zip(baselines).map(|(run, baseline)| value(run) / value(baseline)).collect())
     }
 
-    /// In the order of the report.
+    /// Returns the modes that were run, in the order of the report.
     pub(crate) fn modes(&self) -> impl Iterator<Item = Mode> {
         self.case.kind.modes().iter().copied().filter(|mode| self.rounds.contains_key(mode))
     }
@@ -132,7 +132,7 @@ pub(crate) struct Spread {
 }
 
 impl Spread {
-    /// All are NaN if there is no value.
+    /// All fields are NaN if there is no value.
     pub(crate) fn of(mut values: Vec<f64>) -> Self {
         values.sort_by(f64::total_cmp);
         let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
@@ -140,7 +140,7 @@ impl Spread {
         Self { median: f64::midpoint(at(low), at(high)), min: at(0), max: at(values.len().saturating_sub(1)) }
     }
 
-    /// From the least to the greatest value.
+    /// Formats the range from the smallest to the largest value.
     pub(crate) fn range(&self, digits: usize) -> String {
         format!("({:.digits$} .. {:.digits$})", self.min, self.max)
     }

@@ -1,4 +1,4 @@
-//! The Postgres that all peers read from, and its tables.
+//! The Postgres server that all peers read from, and its tables.
 
 use std::pin::pin;
 
@@ -9,7 +9,7 @@ use futures_util::SinkExt as _;
 use crate::plan::{Case, Kind};
 use crate::{Failure, document};
 
-/// A size of rows, and how many make a run of a third of a second or more.
+/// A row size, and the number of rows for a run of at least a third of a second.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Size {
     pub(crate) row_bytes: usize,
@@ -22,7 +22,8 @@ pub(crate) const SIZES: [Size; 3] = [
     Size { row_bytes: 20 * 1024, rows: 10_000 },
 ];
 
-/// The table for the time to the first row: of the largest rows, more than kernel buffers hold, short enough to be read to its end.
+/// The table for the time to the first row. It has more of the largest rows than the kernel buffers hold, but few enough
+/// to be read to the end.
 pub(crate) const FIRST_ROW: Size = Size { row_bytes: 20 * 1024, rows: 600 };
 
 impl Size {
@@ -45,10 +46,10 @@ pub(crate) fn scaled(number: u64, by: f64) -> u64 {
     (number as f64 * by).ceil().max(1.0) as u64
 }
 
-/// A server that does nothing on its own while rows are counted.
+/// Starts a server that does no background work during the measurements.
 pub(crate) fn start() -> Result<Postgres, Failure> {
     let quiet = Postgres::builder()
-        // For the most streams at once, and for those of the run before that are just being closed.
+        // Enough for the case with the most streams, and for connections of the previous run that are still closing.
         .set("max_connections", "200")
         .set("shared_buffers", "1GB")
         .set("autovacuum", "off")
@@ -57,7 +58,7 @@ pub(crate) fn start() -> Result<Postgres, Failure> {
     Ok(quiet.start()?)
 }
 
-/// Makes what a case reads, and fills it.
+/// Creates and fills the table or view that a case reads.
 pub(crate) async fn load(url: &str, case: &Case) -> Result<(), Failure> {
     let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await?;
     let connection = tokio::spawn(connection);
@@ -74,7 +75,7 @@ pub(crate) async fn load(url: &str, case: &Case) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Postgres takes 100 ms for each of its rows.
+/// Returns the SQL of a view that takes 100 ms per row.
 fn slow_view(view: &str, table: &str) -> String {
     format!(
         "CREATE VIEW {view} AS SELECT data || jsonb_build_object('slept', pg_sleep(0.1)::text) AS data FROM {table}"
@@ -86,7 +87,7 @@ async fn fill(client: &tokio_postgres::Client, table: &str, size: Size) -> Resul
     let mut copy = pin!(client.copy_in(&format!("COPY {table} FROM STDIN")).await?);
     let mut lines = String::new();
     for id in 0..size.rows {
-        // COPY's own escapes stand above those of JSON.
+        // COPY has its own escapes, on top of those of JSON.
         lines.push_str(&document::text(100_000 + id, size.row_bytes).replace('\\', "\\\\"));
         lines.push('\n');
         if lines.len() > 64 * 1024 {
@@ -99,14 +100,16 @@ async fn fill(client: &tokio_postgres::Client, table: &str, size: Size) -> Resul
     check(client, table, size).await
 }
 
-/// The rows are as large as it is said of them.
+/// Checks that the rows have the stated size, within 6 %.
 async fn check(client: &tokio_postgres::Client, table: &str, size: Size) -> Result<(), Failure> {
     let query = format!("SELECT min(octet_length(data::text)), max(octet_length(data::text)) FROM {table}");
     let row = client.query_one(&query, &[]).await?;
     let (low, high): (i32, i32) = (row.get(0), row.get(1));
-    let off = |bytes: i32| usize::try_from(bytes).unwrap_or_default().abs_diff(size.row_bytes);
-    if off(low).max(off(high)) * 50 > size.row_bytes * 3 {
-        return Err(format!("rows of {table} have {low} to {high} bytes").into());
+    let deviation = |bytes: i32| usize::try_from(bytes).unwrap_or_default().abs_diff(size.row_bytes);
+    if deviation(low).max(deviation(high)) * 50 > size.row_bytes * 3 {
+        return Err(
+            format!("rows of {table} have {low} to {high} bytes (expected {})", size.row_bytes).into()
+        );
     }
     Ok(())
 }

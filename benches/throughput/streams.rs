@@ -10,10 +10,10 @@ use crate::mode::Mode;
 use crate::plan::{Case, Kind};
 use crate::report::{Runs, Spread, round};
 
-/// What a cost is divided by.
+/// The unit to which costs are related.
 struct Unit {
     name: &'static str,
-    /// How many of them a run has.
+    /// The number of units in a run.
     number: f64,
     digits: usize,
 }
@@ -30,7 +30,7 @@ impl Unit {
 }
 
 impl Runs {
-    /// CPU time and elapsed time. The latter is shared by all streams: with more of them, more is done in it.
+    /// Writes CPU time and elapsed time per unit. All streams share the elapsed time, so it decreases with their number.
     pub(crate) fn streams_table(&self, out: &mut impl Write) -> io::Result<()> {
         let unit = Unit::of(&self.case);
         writeln!(out, "\n{}", title(&self.case))?;

@@ -1,5 +1,5 @@
--- 200,000 orders to stream: SELECT data FROM orders.
--- Every run makes the same ones: hash functions instead of random().
+-- Creates 200,000 orders to stream: SELECT data FROM orders.
+-- Every run creates the same orders: values come from hash functions instead of random().
 
 SET timezone = 'UTC'; -- for placed_at
 

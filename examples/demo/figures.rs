@@ -1,10 +1,10 @@
-//! Numbers as people read them, and the bars.
+//! Numbers formatted for people, and bars.
 
 use std::time::Duration;
 
 use fraiseql_stream::{Stats, Verdict};
 
-/// 1234567 is `1,234,567`.
+/// Formats a number with thousands separators: `1,234,567`.
 pub(crate) fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
@@ -17,7 +17,7 @@ pub(crate) fn grouped(number: u64) -> String {
     text
 }
 
-/// Rows per second: `950 /s`, `9.8 k/s`, `212 k/s`, `1.02 M/s`.
+/// Formats rows per second: `950 /s`, `9.8 k/s`, `212 k/s`, `1.02 M/s`.
 pub(crate) fn rate(rows: u64, time: Duration) -> String {
     let rate = rows as f64 / time.as_secs_f64().max(1e-3);
     match rate {
@@ -41,20 +41,20 @@ pub(crate) fn percent(share: f64) -> String {
     format!("{:.0} %", share * 100.0)
 }
 
-/// `[###.......]`, for a share of 0.3.
+/// Draws a bar of 10 cells; a share of 0.3 is `[###.......]`.
 pub(crate) fn bar(share: f64) -> String {
-    let full = whole(share * 10.0).min(10);
-    format!("[{}{}]", "#".repeat(full), ".".repeat(10 - full))
+    let filled = round(share * 10.0).min(10);
+    format!("[{}{}]", "#".repeat(filled), ".".repeat(10 - filled))
 }
 
-/// A bar of exactly `width` letters, as many of each as its share of the whole asks for.
+/// Draws a bar of exactly `width` letters, each part in proportion to its value.
 pub(crate) fn stacked(parts: &[(char, f64)], width: usize) -> String {
-    let life: f64 = parts.iter().map(|(_, part)| part).sum();
+    let total: f64 = parts.iter().map(|(_, part)| part).sum();
     let mut bar = String::new();
     let mut sum = 0.0;
     for (letter, part) in parts {
         sum += part;
-        let end = whole(sum / life.max(f64::MIN_POSITIVE) * width as f64);
+        let end = round(sum / total.max(f64::MIN_POSITIVE) * width as f64);
         while bar.len() < end {
             bar.push(*letter);
         }
@@ -62,17 +62,17 @@ pub(crate) fn stacked(parts: &[(char, f64)], width: usize) -> String {
     bar
 }
 
-/// The nearest whole number.
+/// Rounds to the nearest whole number.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
-    reason = "all of them are small and positive"
+    reason = "all values are small and positive"
 )]
-fn whole(number: f64) -> usize {
+fn round(number: f64) -> usize {
     number.round() as usize
 }
 
-/// Colours, or none.
+/// Formats text for the terminal, with or without colours.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Paint {
     pub(crate) colour: bool,
@@ -83,7 +83,7 @@ impl Paint {
         self.with("1", text)
     }
 
-    /// `source-bound    72 %`, 20 wide.
+    /// Formats a verdict and its share in 20 columns: `source-bound    72 %`.
     pub(crate) fn verdict(self, stats: &Stats) -> String {
         let verdict = stats.verdict();
         let share = percent(stats.shares().dominant());

@@ -1,5 +1,5 @@
-//! Who is slow? One table of orders, streamed three times: as fast as it goes, to a slow consumer, and out of a
-//! slow view. Brings its own Postgres.
+//! Streams a table of orders three times: to a fast consumer, to a slow consumer, and from a slow view, and shows
+//! which side is slow each time. Starts its own Postgres.
 //!
 //! `cargo run --release --example demo`
 
@@ -25,42 +25,42 @@ use figures::{grouped, megabytes, seconds};
 use occupancy::Memory;
 use screen::Screen;
 use server::Server;
-use streams::Stage;
+use streams::Context;
 use telemetry::Telemetry;
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
-/// Streams a table of orders out of Postgres three times, and shows who is slow each time: your code or Postgres.
+/// Stream a table of orders from Postgres three times and show which side is slow: your code or Postgres
 #[derive(Debug, Parser)]
 #[command(name = "demo", after_help = ENVIRONMENT)]
 struct Args {
-    /// How many orders to make and stream
+    /// Number of orders to create and stream
     #[arg(long, value_name = "N", default_value_t = 400_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     rows: u32,
 }
 
-const TITLE: &str = "fraiseql-stream: one table of orders, streamed three times. Who is slow?";
-const LEGEND: &str = "[###.......]  how full the channel from Postgres to your code is, of 256 rows";
+const TITLE: &str = "fraiseql-stream: one table of orders, streamed three times. Which side is slow?";
+const LEGEND: &str = "[###.......]  rows waiting in the channel to your code, of at most 256";
 
 const ENVIRONMENT: &str = "\
 Environment:
-  DATABASE_URL  a Postgres to use; without it, a private one runs while the demo does
-  OTEL_*        with any of them set, metrics, traces and logs are exported by OTLP
-  NO_COLOR      no colours";
+  DATABASE_URL  the Postgres server to use; if unset, the demo starts a private one
+  OTEL_*        if any is set, metrics, traces and logs are exported over OTLP
+  NO_COLOR      if set, disables colours";
 
-/// SIGINT and SIGTERM.
-struct Stop {
+/// A listener for SIGINT and SIGTERM.
+struct Signals {
     interrupt: Signal,
     terminate: Signal,
 }
 
-impl Stop {
+impl Signals {
     fn listen() -> std::io::Result<Self> {
         Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
     }
 
-    /// The exit code that the next signal asks for.
-    async fn asked(&mut self) -> u8 {
+    /// Waits for the next signal and returns its exit code.
+    async fn next(&mut self) -> u8 {
         tokio::select! {
             _ = self.interrupt.recv() => 130,
             _ = self.terminate.recv() => 143,
@@ -68,8 +68,8 @@ impl Stop {
     }
 }
 
-/// The signal that leads to this exit code.
-fn name_of(code: u8) -> Option<&'static str> {
+/// Returns the name of the signal with this exit code.
+fn signal_name(code: u8) -> Option<&'static str> {
     match code {
         130 => Some("SIGINT"),
         143 => Some("SIGTERM"),
@@ -83,9 +83,9 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return failed(&error),
     };
-    // In a task, as in a service: what `block_on` itself runs is not on the runtime's threads, and is woken later.
-    let end = runtime.block_on(async { tokio::spawn(play(args)).await });
-    // A Postgres that is still being fetched must not hold us up.
+    // Spawned, as in a service: a future that `block_on` polls does not run on a worker thread and is woken later.
+    let end = runtime.block_on(async { tokio::spawn(run(args)).await });
+    // A download of Postgres that is still running must not delay the exit.
     runtime.shutdown_background();
     match end {
         Ok(Ok(code)) => ExitCode::from(code),
@@ -99,112 +99,112 @@ fn failed(error: &(dyn Error + 'static)) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// How the performance ended.
+/// How the demo ended.
 enum End {
-    Played(Result<Vec<Stats>>),
-    /// By a signal; the exit code.
+    Finished(Result<Vec<Stats>>),
+    /// Stopped by a signal, with its exit code.
     Stopped(u8),
-    /// Nobody reads what is printed.
-    Unread,
+    /// The reader closed the output.
+    OutputClosed,
 }
 
-async fn play(args: Args) -> Result<u8> {
-    let mut stop = Stop::listen()?;
+async fn run(args: Args) -> Result<u8> {
+    let mut signals = Signals::listen()?;
     let telemetry = Telemetry::start()?;
     let memory = Memory::new();
-    let mut house = House {
-        server: Server::choose(),
+    let mut demo = Demo {
+        server: Server::from_env(),
         db: None,
-        watcher: None,
+        monitor: None,
         screen: Screen::open(),
         instruments: memory.instruments(telemetry.is_exported()),
     };
-    let unread = house.screen.closed();
+    let output_closed = demo.screen.closed();
     let end = tokio::select! {
-        played = house.perform(args.rows) => End::Played(played),
-        code = stop.asked() => End::Stopped(code),
-        () = unread => End::Unread,
+        result = demo.run(args.rows) => End::Finished(result),
+        code = signals.next() => End::Stopped(code),
+        () = output_closed => End::OutputClosed,
     };
-    // A second signal is a request to hurry: what is left ends by itself once we are gone.
+    // A second signal skips the clean-up: the server and the query end with the process.
     tokio::select! {
-        code = house.leave(end, telemetry, memory) => code,
-        code = stop.asked() => Ok(code),
+        code = demo.finish(end, telemetry, memory) => code,
+        code = signals.next() => Ok(code),
     }
 }
 
-/// What has to be put away in order at the end, whatever the end is.
-struct House {
+/// Everything that has to be shut down in order, however the demo ends.
+struct Demo {
     server: Server,
     db: Option<Connection>,
-    watcher: Option<Connection>,
+    monitor: Option<Connection>,
     screen: Screen,
     instruments: Instruments,
 }
 
-impl House {
-    async fn perform(&mut self, rows: u32) -> Result<Vec<Stats>> {
+impl Demo {
+    async fn run(&mut self, rows: u32) -> Result<Vec<Stats>> {
         let screen = &self.screen;
-        screen.paint(|paint| paint.bold(TITLE) + "\n");
-        let plan = self.server.plan();
-        screen.live(move |_| format!("   {plan} ..."));
+        screen.print_with(|paint| paint.bold(TITLE) + "\n");
+        let startup = self.server.startup();
+        screen.live(move |_| format!("   {startup} ..."));
         self.server.ready().await?;
         let db = self.server.connect(&self.instruments).await?;
-        let watcher = self.server.connect(&self.instruments).await?;
-        let (db, watcher) = (self.db.insert(db), self.watcher.insert(watcher));
+        let monitor = self.server.connect(&self.instruments).await?;
+        let (db, monitor) = (self.db.insert(db), self.monitor.insert(monitor));
         screen.clear();
         let row = db.client().await?.query_one("SHOW server_version", &[]);
         let version: String = row.await?.get(0);
         let version = version.split(' ').next().unwrap_or_default();
-        screen.say(format!("   server   PostgreSQL {version}, {}", self.server.owner()));
+        screen.print(format!("   server   PostgreSQL {version}, {}", self.server.origin()));
 
-        let began = Instant::now();
+        let start = Instant::now();
         let bytes = orders::create(db, rows, screen).await?;
         screen.clear();
-        screen.say(format!(
-            "   orders   {}, of 1 to 5 lines each, as jsonb; {} made in {}\n   {LEGEND}",
+        screen.print(format!(
+            "   orders   {} with 1 to 5 lines each, as jsonb: {}, created in {}\n   {LEGEND}",
             grouped(rows.into()),
             megabytes(bytes),
-            seconds(began.elapsed()),
+            seconds(start.elapsed()),
         ));
-        streams::run(&mut Stage { db, watcher, screen }).await
+        streams::run(&mut Context { db, monitor, screen }).await
     }
 
-    async fn leave(mut self, end: End, telemetry: Telemetry, memory: Memory) -> Result<u8> {
-        let (played, end) = match end {
-            End::Played(Ok(streams)) => {
+    async fn finish(mut self, end: End, telemetry: Telemetry, memory: Memory) -> Result<u8> {
+        let (finished, end) = match end {
+            End::Finished(Ok(streams)) => {
                 let report = move |paint| report::report(paint, &streams, &memory);
-                self.screen.paint(report);
+                self.screen.print_with(report);
                 (true, Ok(0))
             }
-            End::Played(Err(error)) => (false, Err(error)),
+            End::Finished(Err(error)) => (false, Err(error)),
             End::Stopped(code) => (false, Ok(code)),
-            End::Unread => (false, Ok(0)),
+            End::OutputClosed => (false, Ok(0)),
         };
         self.clean_up().await;
-        let sent = telemetry.finish().await;
-        if played {
-            self.screen.say(sent);
+        let exported = telemetry.finish().await;
+        if finished {
+            self.screen.print(exported);
         }
         let printed = self.screen.close();
-        if played {
+        if finished {
             printed.await;
         } else {
-            // Who stops us does not wait for a terminal that is stopped itself.
+            // After a signal, a stopped terminal must not delay the exit.
             let _ = timeout(Duration::from_secs(1), printed).await;
         }
-        if let Some(signal) = end.as_ref().ok().and_then(|code| name_of(*code)) {
-            eprintln!("demo: stopped by {signal}; the query is cancelled, the orders are gone");
+        if let Some(signal) = end.as_ref().ok().and_then(|code| signal_name(*code)) {
+            eprintln!("demo: stopped by {signal}; the query was cancelled and the orders were removed");
         }
         end
     }
 
     async fn clean_up(&mut self) {
         if let Some(db) = &mut self.db {
-            // Returns once a query that was left in the middle is cancelled. If that fails, the end of the
-            // session does it, here below.
+            // Waits until a query that was dropped midway has been cancelled. If that takes too long, closing the
+            // connection below ends it.
             let _ = timeout(Duration::from_secs(6), db.client()).await;
         }
-        (self.db, self.watcher) = (None, None);
+        (self.db, self.monitor) = (None, None);
         self.server.stop().await;
     }
 }

@@ -1,8 +1,8 @@
-//! The histogram `fraiseql_channel_occupancy_rows`, as the library records it, read back in this process.
+//! Reads back the histogram `fraiseql_channel_occupancy_rows` that the library records.
 //!
-//! Without a collector the library gets a meter provider of the demo's own, which keeps the metrics in memory.
-//! With one, it gets a [`Tee`]: all goes to the global provider, which exports it, and what is recorded in
-//! this histogram goes to memory as well.
+//! Without telemetry export, the library uses a meter provider that keeps all metrics in memory. With export, it
+//! uses a [`Tee`]: every measurement goes to the global provider, which exports it, and those of this histogram go
+//! to memory as well.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,9 +26,9 @@ pub(crate) struct Memory {
     exporter: InMemoryMetricExporter,
 }
 
-/// What was recorded for one entity: the rows that waited, once per poll batch.
+/// The histogram of one entity: the number of rows that waited in the channel, recorded once per poll batch.
 pub(crate) struct Occupancy {
-    /// Upper bounds of the buckets; one more bucket lies above the last.
+    /// The upper bounds of the buckets. One more bucket lies above the last bound.
     pub(crate) bounds: Vec<f64>,
     pub(crate) counts: Vec<u64>,
 }
@@ -36,13 +36,13 @@ pub(crate) struct Occupancy {
 impl Memory {
     pub(crate) fn new() -> Self {
         let exporter = InMemoryMetricExporter::default();
-        // Read when asked only, whatever OTEL_METRIC_EXPORT_INTERVAL says.
+        // The metrics are read on demand only, whatever OTEL_METRIC_EXPORT_INTERVAL says.
         let reader = PeriodicReader::builder(exporter.clone()).with_interval(NEVER).build();
         let provider = SdkMeterProvider::builder().with_reader(reader).build();
         Self { provider, exporter }
     }
 
-    /// The instruments of the demo's streams; `export` says whether there is a global provider to feed as well.
+    /// Creates the instruments of the demo's streams. With `export`, they feed the global provider as well.
     pub(crate) fn instruments(&self, export: bool) -> Instruments {
         if export {
             Instruments::new(&Tee { memory: self.provider.clone() })
@@ -51,10 +51,10 @@ impl Memory {
         }
     }
 
-    /// What the library has recorded for an entity so far.
+    /// Returns what the library has recorded for an entity so far, or `None` if that is nothing.
     pub(crate) fn occupancy(&self, entity: &str) -> Option<Occupancy> {
         self.provider.force_flush().ok()?;
-        // Sums since the start each time: the last export holds all.
+        // Each export is cumulative, so the last one contains everything.
         let exports = self.exporter.get_finished_metrics().ok()?;
         exports
             .last()?
@@ -63,14 +63,14 @@ impl Memory {
             .filter(|metric| metric.name() == NAME)
             .find_map(|metric| match metric.data() {
                 AggregatedMetrics::U64(MetricData::Histogram(histogram)) => {
-                    histogram.data_points().find(|point| is_of(point, entity)).map(Occupancy::of)
+                    histogram.data_points().find(|point| belongs_to(point, entity)).map(Occupancy::of)
                 }
                 _ => None,
             })
     }
 }
 
-fn is_of(point: &HistogramDataPoint<u64>, entity: &str) -> bool {
+fn belongs_to(point: &HistogramDataPoint<u64>, entity: &str) -> bool {
     point
         .attributes()
         .any(|attribute| attribute.key.as_str() == "entity" && attribute.value.as_str() == entity)
@@ -81,7 +81,7 @@ impl Occupancy {
         Self { bounds: point.bounds().collect(), counts: point.bucket_counts().collect() }
     }
 
-    /// A quantile, interpolated within its bucket as Prometheus' `histogram_quantile` does.
+    /// Returns a quantile, interpolated within its bucket as by Prometheus's `histogram_quantile`.
     pub(crate) fn quantile(&self, quantile: f64) -> f64 {
         let rank = quantile * self.counts.iter().sum::<u64>() as f64;
         let (mut below, mut lower) = (0.0, 0.0);
@@ -97,7 +97,7 @@ impl Occupancy {
     }
 }
 
-/// Makes each instrument on the global provider, and the one histogram on both.
+/// Creates each instrument on the global provider, and the occupancy histogram on both.
 struct Tee {
     memory: SdkMeterProvider,
 }
@@ -116,12 +116,12 @@ struct TeeMeter {
     memory: Meter,
 }
 
-/// Passes on what the builder of an instrument was told.
+/// Recreates the instrument on the exporting meter, with the same unit and description.
 macro_rules! forward {
     ($($method:ident($builder:ty) -> $instrument:ty;)*) => { $(
         fn $method(&self, builder: $builder) -> $instrument {
-            let about = self.exported.$method(builder.name);
-            about
+            let target = self.exported.$method(builder.name);
+            target
                 .with_unit(builder.unit.unwrap_or_default())
                 .with_description(builder.description.unwrap_or_default())
                 .build()
@@ -132,13 +132,13 @@ macro_rules! forward {
 macro_rules! forward_observable {
     ($($method:ident($builder:ty) -> $instrument:ty;)*) => { $(
         fn $method(&self, builder: $builder) -> $instrument {
-            let about = self.exported.$method(builder.name);
-            let about = about
+            let target = self.exported.$method(builder.name);
+            let target = target
                 .with_unit(builder.unit.unwrap_or_default())
                 .with_description(builder.description.unwrap_or_default());
             let callbacks = builder.callbacks.into_iter();
             callbacks
-                .fold(about, |about, callback| about.with_callback(callback))
+                .fold(target, |target, callback| target.with_callback(callback))
                 .build()
         }
     )* };
@@ -166,13 +166,13 @@ impl InstrumentProvider for TeeMeter {
     }
 
     fn f64_histogram(&self, builder: HistogramBuilder<'_, Histogram<f64>>) -> Histogram<f64> {
-        let about = self.exported.f64_histogram(builder.name);
-        let about = about
+        let target = self.exported.f64_histogram(builder.name);
+        let target = target
             .with_unit(builder.unit.unwrap_or_default())
             .with_description(builder.description.unwrap_or_default());
         match builder.boundaries {
-            Some(bounds) => about.with_boundaries(bounds).build(),
-            None => about.build(),
+            Some(bounds) => target.with_boundaries(bounds).build(),
+            None => target.build(),
         }
     }
 
@@ -180,13 +180,13 @@ impl InstrumentProvider for TeeMeter {
         let name = builder.name.clone();
         let bounds = builder.boundaries.clone();
         let make = |meter: &Meter| {
-            let about = meter.u64_histogram(builder.name.clone());
-            let about = about
+            let target = meter.u64_histogram(builder.name.clone());
+            let target = target
                 .with_unit(builder.unit.clone().unwrap_or_default())
                 .with_description(builder.description.clone().unwrap_or_default());
             match bounds.clone() {
-                Some(bounds) => about.with_boundaries(bounds).build(),
-                None => about.build(),
+                Some(bounds) => target.with_boundaries(bounds).build(),
+                None => target.build(),
             }
         };
         let exported = make(&self.exported);

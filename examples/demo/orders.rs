@@ -1,4 +1,4 @@
-//! The orders: what they look like in Rust, and how Postgres is made to have them.
+//! The orders: their Rust type, and the SQL that creates them.
 
 use std::error::Error;
 
@@ -9,10 +9,10 @@ use serde::Deserialize;
 use crate::figures::{bar, grouped};
 use crate::screen::Screen;
 
-/// So many orders are made by one statement.
-const SLICE: u32 = 20_000;
+/// The number of orders inserted by one statement.
+const BATCH: u32 = 20_000;
 
-/// Temporary: they vanish with this session, however it ends, and are in nobody's way.
+/// The table and its views are temporary: they disappear with the session, however it ends, and conflict with nothing.
 const SCHEMA: &str = "
     SET timezone = 'UTC'; -- for placed_at
     CREATE TEMP TABLE orders (id bigint, data jsonb NOT NULL);
@@ -23,7 +23,7 @@ const SCHEMA: &str = "
         WHERE CASE WHEN id % 20 = 0 THEN pg_sleep(0.01) IS NOT NULL ELSE true END;
 ";
 
-/// The same ones in every run: hash functions instead of `random()`.
+/// Inserts the same orders in every run: values come from hash functions instead of `random()`.
 const INSERT: &str = "
     INSERT INTO orders (id, data)
     SELECT n, jsonb_build_object(
@@ -76,15 +76,15 @@ struct Line {
 }
 
 impl Order {
-    /// What is still to be paid for it, and in which country.
-    pub(crate) fn open(self) -> Option<(String, f64)> {
+    /// Returns the country and the total of an open order; `None` for any other.
+    pub(crate) fn amount_due(self) -> Option<(String, f64)> {
         let line = |line: &Line| f64::from(line.quantity) * line.unit_price;
         let total = self.lines.iter().map(line).sum();
         (self.status == Status::Open).then_some((self.customer.country, total))
     }
 }
 
-/// Makes the table and its views in the session of `db`, and says how far it is. Returns the table's bytes.
+/// Creates the table and its views in the session of `db`, showing the progress. Returns the table's size in bytes.
 pub(crate) async fn create(
     db: &mut Connection,
     rows: u32,
@@ -93,11 +93,11 @@ pub(crate) async fn create(
     let client: &Client = db.client().await?;
     client.batch_execute(SCHEMA).await?;
     let insert = client.prepare(INSERT).await?;
-    for done in (0..rows).step_by(SLICE as usize) {
+    for done in (0..rows).step_by(BATCH as usize) {
         let share = f64::from(done) / f64::from(rows);
-        let made = grouped(done.into());
-        screen.live(move |_| format!("   making the orders  {}  {made}", bar(share)));
-        let (first, last) = (i64::from(done) + 1, i64::from(rows.min(done + SLICE)));
+        let created = grouped(done.into());
+        screen.live(move |_| format!("   creating the orders  {}  {created}", bar(share)));
+        let (first, last) = (i64::from(done) + 1, i64::from(rows.min(done + BATCH)));
         client.execute(&insert, &[&first, &last]).await?;
     }
     let size = "SELECT pg_relation_size('orders')";

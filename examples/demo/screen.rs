@@ -1,5 +1,5 @@
-//! What the demo prints. A thread of its own does it: a terminal that is stopped, or a pipe that nobody reads,
-//! holds up neither the streams nor a Ctrl-C.
+//! Prints the demo's output on a dedicated thread, so that a stopped terminal or an unread pipe blocks neither the
+//! streams nor Ctrl-C.
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -9,21 +9,21 @@ use tokio::sync::watch;
 
 use crate::figures::Paint;
 
-/// A line that tells at any moment how things stand.
+/// Formats the live line from the current state.
 type Live = Box<dyn FnMut(Paint) -> String + Send>;
 
 enum Message {
-    /// Lines that stay.
-    Say(Box<dyn FnOnce(Paint) -> String + Send>),
-    /// The line to keep up to date from now on, instead of the one before.
+    /// Prints lines that stay.
+    Print(Box<dyn FnOnce(Paint) -> String + Send>),
+    /// Replaces the live line and keeps it up to date.
     Live(Live),
-    /// The live line stays as it is now.
-    Settle,
-    /// The live line goes.
+    /// Updates the live line once more, then leaves it in place.
+    Freeze,
+    /// Removes the live line.
     Clear,
 }
 
-/// Gives work to the thread. Printing goes on until it is dropped.
+/// A handle to the printing thread, which ends when the handle is dropped and everything is printed.
 pub(crate) struct Screen {
     messages: mpsc::Sender<Message>,
     ended: watch::Receiver<()>,
@@ -34,7 +34,7 @@ impl Screen {
         let (messages, inbox) = mpsc::channel();
         let (end, ended) = watch::channel(());
         std::thread::spawn(move || {
-            // An error means that nobody reads any more, and so that there is nobody to tell.
+            // An error means that the output is closed: there is nowhere to report it.
             let _ = Printer::new().run(&inbox);
             drop(end);
         });
@@ -42,44 +42,44 @@ impl Screen {
     }
 
     /// Prints lines that stay.
-    pub(crate) fn say(&self, text: impl Into<String>) {
+    pub(crate) fn print(&self, text: impl Into<String>) {
         let text = text.into();
-        self.paint(move |_| text);
+        self.print_with(move |_| text);
     }
 
-    /// Prints lines that stay, with colours if there are any.
-    pub(crate) fn paint(&self, text: impl FnOnce(Paint) -> String + Send + 'static) {
-        self.send(Message::Say(Box::new(text)));
+    /// Prints lines that stay, in colour if the terminal has colours.
+    pub(crate) fn print_with(&self, text: impl FnOnce(Paint) -> String + Send + 'static) {
+        self.send(Message::Print(Box::new(text)));
     }
 
-    /// Keeps this line up to date, in place of the live line before.
+    /// Shows a live line and keeps it up to date; it replaces the previous one.
     pub(crate) fn live(&self, line: impl FnMut(Paint) -> String + Send + 'static) {
         self.send(Message::Live(Box::new(line)));
     }
 
-    /// Lets the live line stay as it is now.
-    pub(crate) fn settle(&self) {
-        self.send(Message::Settle);
+    /// Updates the live line once more, then leaves it in place.
+    pub(crate) fn freeze(&self) {
+        self.send(Message::Freeze);
     }
 
-    /// Takes the live line away.
+    /// Removes the live line.
     pub(crate) fn clear(&self) {
         self.send(Message::Clear);
     }
 
     fn send(&self, message: Message) {
-        // Refused once nobody reads; `closed` tells.
+        // Sending fails once the output is closed; `closed` reports that.
         let _ = self.messages.send(message);
     }
 
-    /// Returns when nobody reads what is printed.
+    /// Returns when the reader has closed the output.
     pub(crate) fn closed(&self) -> impl Future<Output = ()> + use<> {
         let mut ended = self.ended.clone();
-        // Nothing is ever sent: this waits for the other end to go.
+        // Nothing is ever sent, so this waits until the thread drops its end.
         async move { drop(ended.changed().await) }
     }
 
-    /// Returns when all is printed.
+    /// Returns when everything is printed.
     pub(crate) async fn close(self) {
         let Self { messages, mut ended } = self;
         drop(messages);
@@ -93,10 +93,10 @@ struct Printer {
     /// Whether the live line can be redrawn in place.
     redraws: bool,
     live: Option<Live>,
-    /// When the live line is looked at next, and how often.
+    /// The time of the next update of the live line, and the interval between updates.
     next: Instant,
-    every: Duration,
-    /// What stands in the live line on a terminal, or was printed of it last.
+    interval: Duration,
+    /// The live line as it was last printed.
     shown: String,
 }
 
@@ -111,7 +111,7 @@ impl Printer {
             redraws,
             live: None,
             next: Instant::now(),
-            every: Duration::from_millis(if redraws { 100 } else { 1_000 }),
+            interval: Duration::from_millis(if redraws { 100 } else { 1_000 }),
             shown: String::new(),
         }
     }
@@ -119,33 +119,33 @@ impl Printer {
     fn run(&mut self, inbox: &mpsc::Receiver<Message>) -> io::Result<()> {
         loop {
             match inbox.recv_timeout(self.next.saturating_duration_since(Instant::now())) {
-                Ok(message) => self.obey(message)?,
+                Ok(message) => self.handle(message)?,
                 Err(RecvTimeoutError::Timeout) => {
-                    self.next = Instant::now() + self.every;
+                    self.next = Instant::now() + self.interval;
                     self.draw()?;
                 }
-                Err(RecvTimeoutError::Disconnected) => return self.settle(),
+                Err(RecvTimeoutError::Disconnected) => return self.freeze(),
             }
         }
     }
 
-    fn obey(&mut self, message: Message) -> io::Result<()> {
+    fn handle(&mut self, message: Message) -> io::Result<()> {
         match message {
-            Message::Say(text) => {
-                self.settle()?;
+            Message::Print(text) => {
+                self.freeze()?;
                 let text = text(self.paint);
                 writeln!(self.out, "{text}")?;
                 self.out.flush()
             }
             Message::Live(line) => {
                 if self.live.is_none() && !self.redraws {
-                    // What has only just begun is not worth a line of its own yet.
-                    self.next = Instant::now() + self.every;
+                    // Without redrawing, each update costs a line: skip the first one, which would show no progress.
+                    self.next = Instant::now() + self.interval;
                 }
                 self.live = Some(line);
                 if self.redraws { self.draw() } else { Ok(()) }
             }
-            Message::Settle => self.settle(),
+            Message::Freeze => self.freeze(),
             Message::Clear => {
                 self.live = None;
                 self.erase()
@@ -162,7 +162,7 @@ impl Printer {
             return Ok(());
         }
         if self.redraws {
-            // A line that is longer than the terminal is wide must not wrap, or it could not be taken back.
+            // Line wrapping is turned off, since a wrapped line could not be erased.
             write!(self.out, "\r\x1b[K\x1b[?7l{text}\x1b[?7h")?;
         } else {
             writeln!(self.out, "{text}")?;
@@ -172,7 +172,7 @@ impl Printer {
         Ok(())
     }
 
-    fn settle(&mut self) -> io::Result<()> {
+    fn freeze(&mut self) -> io::Result<()> {
         self.draw()?;
         self.live = None;
         if self.redraws && !self.shown.is_empty() {

@@ -1,4 +1,4 @@
-//! The server that the orders are in: the user's, or one that lives as long as the demo.
+//! The server with the orders: the user's, or a private one that runs as long as the demo.
 
 use std::error::Error;
 use std::time::Duration;
@@ -8,9 +8,9 @@ use fraiseql_stream::{Connection, Instruments};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 
-/// Where the orders are.
+/// The server with the orders.
 pub(crate) struct Server {
-    /// May hold a password: never printed.
+    /// Never printed: it may contain a password.
     url: String,
     private: Private,
 }
@@ -22,23 +22,23 @@ enum Private {
 }
 
 impl Server {
-    /// The server of `DATABASE_URL`, or else a private one, which begins to start.
-    pub(crate) fn choose() -> Self {
+    /// Uses the server of `DATABASE_URL`, or starts a private one in the background if the variable is unset.
+    pub(crate) fn from_env() -> Self {
         let url = std::env::var("DATABASE_URL").unwrap_or_default();
         let private =
             if url.is_empty() { Private::Starting(spawn_blocking(Postgres::start)) } else { Private::None };
         Self { url, private }
     }
 
-    /// What comes first, in words.
-    pub(crate) fn plan(&self) -> &'static str {
+    /// Describes what [`ready`](Self::ready) waits for.
+    pub(crate) fn startup(&self) -> &'static str {
         match self.private {
-            Private::None => "connecting to the Postgres of DATABASE_URL",
+            Private::None => "connecting to the server of DATABASE_URL",
             _ => "starting a private Postgres",
         }
     }
 
-    /// Returns when it takes connections.
+    /// Returns when the server accepts connections.
     pub(crate) async fn ready(&mut self) -> Result<(), Box<dyn Error + Send + Sync>> {
         if let Private::Starting(starting) = &mut self.private {
             let started = starting.await;
@@ -55,13 +55,13 @@ impl Server {
         builder.connect().await
     }
 
-    /// Whose it is, in words.
-    pub(crate) fn owner(&self) -> String {
+    /// Describes where the server comes from.
+    pub(crate) fn origin(&self) -> String {
         match &self.private {
             Private::Running(server) => {
-                format!("private, on 127.0.0.1:{}; gone at the end", server.port())
+                format!("private, on 127.0.0.1:{}; removed at the end", server.port())
             }
-            _ => "that of DATABASE_URL; all made there is temporary".to_owned(),
+            _ => "from DATABASE_URL; only temporary tables are created".to_owned(),
         }
     }
 
@@ -70,13 +70,13 @@ impl Server {
         let running = match std::mem::replace(&mut self.private, Private::None) {
             Private::None => return,
             Private::Running(server) => server,
-            // It is there within a second, or it is being fetched: then there is nothing to stop yet.
+            // It starts within a second, unless it is still being downloaded: then there is nothing to stop.
             Private::Starting(starting) => match timeout(Duration::from_secs(3), starting).await {
                 Ok(Ok(Ok(server))) => server,
                 _ => return,
             },
         };
-        // An error would be a panic in its drop, which has been told by then.
+        // The only error is a panic in drop, which the panic hook has already reported.
         let _ = spawn_blocking(move || drop(running)).await;
     }
 }

@@ -1,8 +1,8 @@
-//! Where the telemetry goes: to what the `OTEL_*` variables name, if there are any.
+//! Telemetry export as set by the `OTEL_*` variables, if there are any.
 
 use fraiseql_stream::otlp::{self, Guard};
 
-/// How to see all of it.
+/// Printed when no telemetry is exported.
 const HINT: &str = "\
 To see it in Grafana:
    docker compose up -d --wait
@@ -11,14 +11,14 @@ To see it in Grafana:
    cargo run --release --example demo
    and open http://127.0.0.1:3000";
 
-/// Metrics, traces and logs on their way out, or not.
+/// The export of metrics, traces and logs, or `None` without `OTEL_*` variables.
 pub(crate) struct Telemetry(Option<Guard>);
 
 impl Telemetry {
     pub(crate) fn start() -> Result<Self, otlp::InitError> {
-        let wanted = std::env::vars_os()
+        let is_requested = std::env::vars_os()
             .any(|(name, value)| name.to_string_lossy().starts_with("OTEL_") && !value.is_empty());
-        if wanted {
+        if is_requested {
             return Ok(Self(Some(otlp::init()?)));
         }
         let warnings = tracing_subscriber::fmt().with_max_level(tracing::Level::WARN);
@@ -30,27 +30,27 @@ impl Telemetry {
         self.0.is_some()
     }
 
-    /// Sends what is left, and says where all of it is.
+    /// Exports what is left, and returns a line for the user about where the telemetry went.
     pub(crate) async fn finish(self) -> String {
         let Some(guard) = self.0 else {
             return HINT.to_owned();
         };
-        let sent = guard.shutdown().await;
+        let result = guard.shutdown().await;
         let off = std::env::var("OTEL_SDK_DISABLED").is_ok_and(|off| off.eq_ignore_ascii_case("true"));
-        match sent {
-            // A warning on standard error has said why.
-            Err(_) => format!("Not all telemetry arrived at {}.", place()),
+        match result {
+            // The reason has been logged to standard error.
+            Err(_) => format!("Some telemetry did not reach {}.", endpoint()),
             Ok(()) if off => "OTEL_SDK_DISABLED is set: nothing was exported.".to_owned(),
-            Ok(()) => format!("Metrics, traces and logs went to {}.", place()),
+            Ok(()) => format!("Metrics, traces and logs were exported to {}.", endpoint()),
         }
     }
 }
 
-/// What the variables name, without a password.
-fn place() -> String {
+/// Returns the endpoint that the variables set, without a password.
+fn endpoint() -> String {
     let endpoint = std::env::var("OTEL_EXPORTER_OTLP_ENDPOINT").unwrap_or_default();
     match endpoint.split_once("://") {
-        None => "the place that the OTEL_* variables name".to_owned(),
+        None => "the endpoint set by the OTEL_* variables".to_owned(),
         Some((scheme, rest)) => {
             let host = rest.rsplit_once('@').map_or(rest, |(_, host)| host);
             format!("{scheme}://{host}")

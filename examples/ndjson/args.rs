@@ -1,4 +1,4 @@
-//! What the command line and the environment ask for.
+//! Command-line arguments and environment.
 
 use std::num::NonZeroUsize;
 use std::time::Duration;
@@ -10,54 +10,60 @@ use fraiseql_stream::{Connection, Query, RawJson};
 
 const NOTES: &str = "\
 Environment:
-  DATABASE_URL  where Postgres is: postgres://user:password@host/database, or host=... user=...
-  OTEL_*        the standard variables of OpenTelemetry; with any of them set, metrics, traces and logs are
-                sent by OTLP, without one nothing is; OTEL_*_EXPORTER=console writes among the rows
+  DATABASE_URL  connection string: postgres://user:password@host/database, or host=... user=...
+  OTEL_*        standard OpenTelemetry variables; if any is set, metrics, traces and logs are exported
+                over OTLP; OTEL_*_EXPORTER=console writes them to standard output, among the rows
 
-Exit status: 0 when all rows are written, or the reader of the output has gone; 1 after an error;
-2 for wrong arguments; 130 after Ctrl-C, 143 after SIGTERM and 129 after the terminal has been closed, all of
-which cancel the query on the server.";
+Exit status:
+  0    all rows were written, or the reader closed standard output
+  1    an error occurred
+  2    the arguments or DATABASE_URL are invalid
+  129  stopped by SIGHUP (the terminal was closed)
+  130  stopped by SIGINT (Ctrl-C)
+  143  stopped by SIGTERM
 
-/// Streams JSON rows out of Postgres to standard output, one document a line
+The query is cancelled on the server when a signal or a closed output ends the program.";
+
+/// Stream JSON rows from Postgres to standard output, one document per line
 #[derive(Debug, Parser)]
 #[command(name = "ndjson", after_help = NOTES)]
 pub(crate) struct Args {
-    /// Table or view with a column `data` of type json or jsonb: name or schema.name, case counts
+    /// Table or view with a json or jsonb column named `data`: name or schema.name, case-sensitive
     pub(crate) entity: String,
 
-    /// Only rows for which this condition holds; $1, $2 ... stand for the values of --param
+    /// Stream only rows that satisfy this condition; $1, $2, ... are the values of --param
     #[arg(long = "where", value_name = "SQL", allow_hyphen_values = true)]
     condition: Option<String>,
 
-    /// The value of $1, and again for $2 ..., in the form that Postgres reads for the parameter's type
+    /// Value of $1 (repeat for $2, ...), in Postgres's text format for the parameter's type
     #[arg(long = "param", value_name = "VALUE", requires = "condition", allow_hyphen_values = true)]
     params: Vec<Text>,
 
-    /// The order of rows
+    /// Sort the rows by this expression, as in SQL's ORDER BY
     #[arg(long, value_name = "SQL", allow_hyphen_values = true)]
     order_by: Option<String>,
 
-    /// At most so many rows
+    /// Stream at most N rows
     #[arg(long, value_name = "N")]
     limit: Option<u64>,
 
-    /// So many rows are left out first
+    /// Skip the first N rows
     #[arg(long, value_name = "N")]
     offset: Option<u64>,
 
-    /// At most so many rows travel together [default: 128]
+    /// Maximum number of rows per chunk [default: 128]
     #[arg(long, value_name = "ROWS")]
     chunk_size: Option<NonZeroUsize>,
 
-    /// At most so many bytes of rows wait in memory [default: 16777216]
+    /// Maximum number of bytes of rows that wait in memory [default: 16777216]
     #[arg(long, value_name = "BYTES")]
     max_memory: Option<NonZeroUsize>,
 
-    /// Sleep after each row, to play a slow consumer; fractions are fine
+    /// Sleep after each row to simulate a slow consumer; fractions are allowed
     #[arg(long = "pause-ms", value_name = "MS", value_parser = milliseconds, allow_hyphen_values = true)]
     pub(crate) pause: Option<Duration>,
 
-    /// Tell on standard error every second, and at the end, how the stream does: a line of JSON
+    /// Write statistics to standard error as a line of JSON, every second and at the end
     #[arg(long)]
     pub(crate) stats: bool,
 }
@@ -88,21 +94,21 @@ impl Args {
     }
 }
 
-/// `DATABASE_URL`, or what is wrong with it; never its contents, which may hold a password.
+/// Returns `DATABASE_URL`. The error never contains its value, which may hold a password.
 pub(crate) fn database_url() -> Result<String, &'static str> {
     match std::env::var_os("DATABASE_URL").map(std::ffi::OsString::into_string) {
         Some(Ok(url)) if !url.is_empty() => Ok(url),
         Some(Err(_)) => Err("DATABASE_URL is not valid UTF-8"),
-        _ => Err("DATABASE_URL is not set: postgres://user:password@host/database"),
+        _ => Err("DATABASE_URL is not set; set it to postgres://user:password@host/database"),
     }
 }
 
 fn milliseconds(text: &str) -> Result<Duration, &'static str> {
     let duration = text.parse().ok().and_then(|number: f64| Duration::try_from_secs_f64(number / 1e3).ok());
-    duration.ok_or("not a number of milliseconds")
+    duration.ok_or("expected a non-negative number of milliseconds")
 }
 
-/// A parameter that Postgres itself reads, whatever its type.
+/// A parameter sent as text, so that Postgres parses it whatever its type is.
 #[derive(Clone, Debug)]
 struct Text(String);
 

@@ -1,11 +1,11 @@
-//! Streams JSON rows out of Postgres to standard output, one document a line.
+//! Streams JSON rows from Postgres to standard output, one document per line.
 //!
 //! ```text
 //! DATABASE_URL=postgres://app@localhost/shop ndjson orders --where "data->>'status' = \$1" --param open --stats
 //! ```
 //!
-//! `args` says what is asked for, `work` below is the program, and the rest is what a tool owes its user: it
-//! stops at once when it is told to, also in the middle of a write that stalls, and leaves no query behind.
+//! `Run::stream_rows` below is the program; the rest makes it a well-behaved tool: it stops at once on a signal,
+//! even while a write is blocked, and leaves no query running on the server.
 
 mod args;
 mod pause;
@@ -28,36 +28,36 @@ use pause::Pause;
 use signals::Signals;
 use sink::Sink;
 
-/// What a cancel may take. It takes milliseconds unless the network is gone.
-const CLEAN_UP: Duration = Duration::from_secs(2);
-/// What a reader who stalls is given once we were told to stop.
-const LAST_WORDS: Duration = Duration::from_millis(100);
+/// The time limit for cancelling the query. A cancel takes milliseconds unless the network is down.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(2);
+/// The time left to a stalled reader once the program has to stop.
+const FLUSH_TIMEOUT: Duration = Duration::from_millis(100);
 
 fn main() {
     let args = Args::parse();
     let code = match args::database_url() {
-        Ok(url) => start(&args, &url).unwrap_or_else(|error| complain(&error, 1)),
-        Err(why) => complain(&why, 2),
+        Ok(url) => start(&args, &url).unwrap_or_else(|error| fail(&error, 1)),
+        Err(why) => fail(&why, 2),
     };
     std::process::exit(code)
 }
 
-fn complain(why: &dyn fmt::Display, code: i32) -> i32 {
-    // The code tells it, too, should standard error be gone.
+fn fail(why: &dyn fmt::Display, code: i32) -> i32 {
+    // If standard error is closed, the exit code still reports the failure.
     let _ = writeln!(io::stderr(), "ndjson: {why}");
     code
 }
 
-/// One thread does it all: rows come, wait and go without changing it, and memory is allocated in one arena.
+/// A single-threaded runtime: rows never move between threads, and all memory comes from one allocator arena.
 fn start(args: &Args, url: &str) -> io::Result<i32> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let code = runtime.block_on(run(args, url));
-    // A host name may still be being resolved, on a thread that nothing can interrupt.
+    // A host name may still be resolving on a blocking thread, which cannot be interrupted.
     runtime.shutdown_background();
     code
 }
 
-/// Runs to the end, or to the signal that ends it; returns the exit code.
+/// Runs until all rows are written or a signal arrives; returns the exit code.
 async fn run(args: &Args, url: &str) -> io::Result<i32> {
     let mut signals = Signals::listen()?;
     let mut run = Run::new(args)?;
@@ -65,7 +65,7 @@ async fn run(args: &Args, url: &str) -> io::Result<i32> {
         biased;
         signal = signals.next() => Ok(End::Signal(signal)),
         () = sink::reader_gone() => Ok(End::ReaderGone),
-        end = run.work(url) => end,
+        end = run.stream_rows(url) => end,
     };
     let code = match &end {
         Ok(End::Complete | End::ReaderGone) => 0,
@@ -74,21 +74,21 @@ async fn run(args: &Args, url: &str) -> io::Result<i32> {
     };
     tokio::select! {
         biased;
-        // Not by returning: that would drop the telemetry, which waits for the collector.
-        () = signals.insist(CLEAN_UP) => std::process::exit(code),
-        () = run.wind_down(&end) => Ok(code),
+        // Exits instead of returning: dropping the telemetry guard would wait for the collector.
+        () = signals.abort_requested(CANCEL_TIMEOUT) => std::process::exit(code),
+        () = run.shut_down(&end) => Ok(code),
     }
 }
 
-/// How it ended, if not by an error.
+/// How a run ended without an error.
 enum End {
     Complete,
-    /// As in `ndjson ... | head`: nobody wants more, and that is fine.
+    /// The reader closed standard output, as in `ndjson ... | head`. This is not an error.
     ReaderGone,
     Signal(signals::Number),
 }
 
-/// Why it failed.
+/// Why a run failed.
 enum Failure {
     Stream(fraiseql_stream::Error),
     Output(io::Error),
@@ -115,7 +115,7 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// All that outlives the streaming itself, because it has to be brought to an end.
+/// Everything that has to be shut down in order once streaming has ended.
 struct Run<'a> {
     args: &'a Args,
     output: Sink,
@@ -129,27 +129,28 @@ impl<'a> Run<'a> {
     fn new(args: &'a Args) -> io::Result<Self> {
         let mut errors = Sink::new(io::stderr())?;
         let telemetry = telemetry().unwrap_or_else(|error| {
-            errors.line(format!("ndjson: no telemetry: {error}").as_bytes());
+            errors
+                .line(format!("ndjson: cannot set up telemetry: {error}; continuing without it").as_bytes());
             None
         });
         Ok(Self { args, output: Sink::new(io::stdout())?, errors, telemetry, db: None, stream: None })
     }
 
-    /// Connects, asks, and writes all rows.
-    async fn work(&mut self, url: &str) -> Result<End, Failure> {
+    /// Connects, starts the query, and writes all rows.
+    async fn stream_rows(&mut self, url: &str) -> Result<End, Failure> {
         let db = self.db.insert(Connection::connect(url).await?);
         let mut rows = self.args.query(db).stream().await?;
         let stream = self.stream.insert(rows.observer());
         let written = async {
             let pause = self.args.pause.map(Pause::new);
             let copied = copy(&mut rows, &mut self.output, pause).await;
-            // Rows before an error are good.
+            // The rows that precede an error are valid and still have to be written.
             self.output.finish().await?;
             copied
         };
         let written = tokio::select! {
             biased;
-            never = stats::every_second(stream, &mut self.errors), if self.args.stats => match never {},
+            never = stats::write_every_second(stream, &mut self.errors), if self.args.stats => match never {},
             written = written => written,
         };
         match written {
@@ -159,39 +160,39 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Waits until the query is gone from the server, and says what is to be said.
-    async fn wind_down(&mut self, end: &Result<End, Failure>) {
+    /// Waits until the query has ended on the server, then writes the final statistics and the error, if any.
+    async fn shut_down(&mut self, end: &Result<End, Failure>) {
         let clean_up = async {
             if let Some(db) = &mut self.db {
-                // What is not clean by then is closed with the process.
-                let _ = timeout(CLEAN_UP, db.client()).await;
+                // After the timeout, the connection closes with the process.
+                let _ = timeout(CANCEL_TIMEOUT, db.client()).await;
             }
         };
-        // A reader who does read shall find whole lines.
-        let _ = tokio::join!(clean_up, timeout(LAST_WORDS, self.output.finish()));
+        // A reader that still reads gets whole lines.
+        let _ = tokio::join!(clean_up, timeout(FLUSH_TIMEOUT, self.output.finish()));
         if let Some(stream) = self.stream.as_ref().filter(|_| self.args.stats) {
             self.errors.line(stats::line(stream).as_bytes());
         }
         if let Err(failure) = end {
             self.errors.line(format!("ndjson: {failure}").as_bytes());
         }
-        let patience = match end {
-            Ok(End::Signal(_)) => LAST_WORDS,
+        let limit = match end {
+            Ok(End::Signal(_)) => FLUSH_TIMEOUT,
             _ => Duration::MAX,
         };
-        let _ = timeout(patience, self.errors.finish()).await;
+        let _ = timeout(limit, self.errors.finish()).await;
         if let Some(telemetry) = self.telemetry.take() {
-            // A failure has been told by the subscriber that telemetry brought along.
+            // The subscriber that `otlp::init` installed has already logged a failure.
             let _ = telemetry.shutdown().await;
         }
     }
 }
 
-/// Telemetry is for those who ask for it: by any of the standard variables. Warnings are for all.
+/// Sets up OTLP export if any `OTEL_*` variable is set. Otherwise, only warnings go to standard error.
 fn telemetry() -> Result<Option<otlp::Guard>, otlp::InitError> {
-    let asked = std::env::vars_os()
+    let is_requested = std::env::vars_os()
         .any(|(name, value)| name.as_encoded_bytes().starts_with(b"OTEL_") && !value.is_empty());
-    if asked {
+    if is_requested {
         return otlp::init().map(Some);
     }
     let warnings = tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_writer(io::stderr);
@@ -199,7 +200,7 @@ fn telemetry() -> Result<Option<otlp::Guard>, otlp::InitError> {
     Ok(None)
 }
 
-/// Writes rows: many at once while they come fast, none later than it must.
+/// Copies rows to `output`: in large writes while rows arrive fast, without delay when they arrive slowly.
 async fn copy(
     rows: &mut JsonStream<RawJson, &mut Connection>,
     output: &mut Sink,
@@ -211,13 +212,13 @@ async fn copy(
             output.flush().await?;
         }
         if let Some(pause) = &mut pause {
-            pause.take().await;
+            pause.sleep().await;
         }
     }
     Ok(())
 }
 
-/// The next row; while there is none, those before it are written.
+/// Returns the next row. If none is ready, writes the rows collected so far while waiting for it.
 async fn next(
     rows: &mut JsonStream<RawJson, &mut Connection>,
     output: &mut Sink,

@@ -1,4 +1,4 @@
-//! The signals that end the program.
+//! The signals that stop the program.
 
 use std::future::poll_fn;
 use std::io;
@@ -8,15 +8,15 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::timeout;
 
-/// Ctrl-C, SIGTERM and a closed terminal, from now on.
+/// A listener for SIGINT, SIGTERM and SIGHUP.
 pub(crate) struct Signals(Vec<(SignalKind, Signal)>);
 
-/// A signal's number.
+/// The number of a signal.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Number(i32);
 
 impl Number {
-    /// The exit code by which a shell reports a program that a signal ended.
+    /// Returns the exit code with which a shell reports a program killed by this signal.
     pub(crate) fn exit_code(self) -> i32 {
         128 + self.0
     }
@@ -25,7 +25,7 @@ impl Number {
 impl Signals {
     pub(crate) fn listen() -> io::Result<Self> {
         let mut kinds = vec![SignalKind::interrupt(), SignalKind::terminate()];
-        // Listening would undo what `nohup` did.
+        // Under `nohup`, the signal must stay ignored.
         if !is_hangup_ignored() {
             kinds.push(SignalKind::hangup());
         }
@@ -33,20 +33,20 @@ impl Signals {
         Ok(Self(kinds.into_iter().map(listen).collect::<io::Result<_>>()?))
     }
 
-    /// Waits for the next one.
+    /// Waits for the next signal.
     pub(crate) async fn next(&mut self) -> Number {
         Number(self.next_kind().await.as_raw_value())
     }
 
-    /// Waits for the signal that ends the clean-up as well. A closed terminal leaves it the time of `grace`: the
-    /// kernel and the shell may both send SIGHUP.
-    pub(crate) async fn insist(&mut self, grace: Duration) {
+    /// Waits for a second signal, which aborts the clean-up. A SIGHUP does so only after `grace`, since the kernel
+    /// and the shell may both send one when a terminal is closed.
+    pub(crate) async fn abort_requested(&mut self, grace: Duration) {
         if self.next_kind().await == SignalKind::hangup() {
-            let _ = timeout(grace, self.next_deliberate()).await;
+            let _ = timeout(grace, self.next_other_than_hangup()).await;
         }
     }
 
-    async fn next_deliberate(&mut self) {
+    async fn next_other_than_hangup(&mut self) {
         while self.next_kind().await == SignalKind::hangup() {}
     }
 
@@ -60,7 +60,7 @@ impl Signals {
     }
 }
 
-/// Whether the program was started by `nohup` or the like. Where the system does not say so, it was not.
+/// Returns whether SIGHUP was ignored when the program started, as under `nohup`; `false` if `/proc` cannot be read.
 fn is_hangup_ignored() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

@@ -1,4 +1,4 @@
-//! Writing to what may stall or break: a pipe, a terminal, a file.
+//! Writing to a pipe, a terminal or a file without blocking the runtime.
 
 use std::fs::File;
 use std::future::pending;
@@ -12,19 +12,19 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-/// Standard output or standard error, written by a thread of its own: when the reader stalls, only that thread
-/// does. (A non-blocking write would need a mode that all share who hold the same pipe or terminal.)
+/// Standard output or standard error, written by a dedicated thread, so that a stalled reader blocks only that
+/// thread. (Non-blocking mode is no alternative: it would apply to every process that shares the pipe or terminal.)
 ///
-/// There are two buffers, one to fill and one that is being written.
+/// Uses two buffers: one is filled while the other is written.
 pub(crate) struct Sink {
     filling: Vec<u8>,
-    /// The other buffer, unless it is being written.
+    /// The other buffer; `None` while it is being written.
     spare: Option<Vec<u8>>,
     full: mpsc::Sender<Vec<u8>>,
     written: UnboundedReceiver<Written>,
 }
 
-/// A buffer that comes back empty, and what became of its bytes.
+/// An emptied buffer, and the result of writing its contents.
 type Written = (Vec<u8>, io::Result<()>);
 
 impl Sink {
@@ -38,7 +38,7 @@ impl Sink {
         Ok(Self { filling: Vec::new(), spare: Some(Vec::new()), full, written })
     }
 
-    /// Adds a line. Whatever breaks a line in `text` becomes a space: in JSON it stands between tokens only.
+    /// Appends `text` as one line. Line breaks become spaces: in JSON, they occur only between tokens.
     pub(crate) fn line(&mut self, text: &[u8]) {
         let start = self.filling.len();
         self.filling.extend_from_slice(text);
@@ -49,33 +49,33 @@ impl Sink {
         self.filling.push(b'\n');
     }
 
-    /// Enough lines wait to be worth a write.
+    /// Returns whether enough lines have been collected to be worth a write.
     pub(crate) fn is_full(&self) -> bool {
         self.filling.len() >= Self::SIZE
     }
 
-    /// Hands the lines to the thread, as soon as it has nothing else to write. Cancel safe.
+    /// Passes the lines to the writer thread once it is idle. Cancel safe.
     pub(crate) async fn flush(&mut self) -> io::Result<()> {
         if self.filling.is_empty() {
             return Ok(());
         }
-        self.idle().await?;
+        self.wait_idle().await?;
         if let Some(spare) = self.spare.take() {
             let lines = std::mem::replace(&mut self.filling, spare);
-            self.full.send(lines).map_err(|_| gone())?;
+            self.full.send(lines).map_err(|_| writer_gone())?;
         }
         Ok(())
     }
 
-    /// Waits until all lines are written. Cancel safe.
+    /// Waits until all lines have been written. Cancel safe.
     pub(crate) async fn finish(&mut self) -> io::Result<()> {
         self.flush().await?;
-        self.idle().await
+        self.wait_idle().await
     }
 
-    async fn idle(&mut self) -> io::Result<()> {
+    async fn wait_idle(&mut self) -> io::Result<()> {
         if self.spare.is_none() {
-            let (buffer, result) = self.written.recv().await.ok_or_else(gone)?;
+            let (buffer, result) = self.written.recv().await.ok_or_else(writer_gone)?;
             self.spare = Some(buffer);
             return result;
         }
@@ -83,8 +83,8 @@ impl Sink {
     }
 }
 
-fn gone() -> io::Error {
-    io::Error::other("the writing thread is gone")
+fn writer_gone() -> io::Error {
+    io::Error::other("the writer thread has ended")
 }
 
 fn write(target: &File, full: &mpsc::Receiver<Vec<u8>>, written: &UnboundedSender<Written>) {
@@ -103,7 +103,7 @@ fn write_all(mut target: &File, mut bytes: &[u8]) -> io::Result<()> {
             Ok(0) => return Err(ErrorKind::WriteZero.into()),
             Ok(count) => bytes = &bytes[count..],
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            // Somebody with whom we share it has made it non-blocking.
+            // Another process that shares the descriptor has made it non-blocking.
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 thread::sleep(Duration::from_millis(1));
             }
@@ -113,9 +113,9 @@ fn write_all(mut target: &File, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Waits until nobody can read our output any more. Where that cannot be told (files), it waits for ever.
+/// Waits until the reader has closed standard output. If that cannot be detected (as with files), never returns.
 pub(crate) async fn reader_gone() {
-    #[expect(deprecated, reason = "sound for a descriptor that is never closed; what replaces it is unsafe")]
+    #[expect(deprecated, reason = "sound for a descriptor that is never closed; its replacement is unsafe")]
     let output = AsyncFd::with_interest(io::stdout(), Interest::WRITABLE);
     if let Ok(output) = output {
         while let Ok(mut state) = output.writable().await {

@@ -1,4 +1,4 @@
-//! `--stats`: how the stream does, as a line of JSON.
+//! The statistics as a line of JSON (`--stats`).
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -9,21 +9,21 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
 use crate::sink::Sink;
 
-/// Tells every second, whatever the stream and its consumer are doing.
-pub(crate) async fn every_second(stream: &Observer, errors: &mut Sink) -> Infallible {
+/// Writes statistics every second, whatever the stream and its consumer are doing.
+pub(crate) async fn write_every_second(stream: &Observer, errors: &mut Sink) -> Infallible {
     let second = Duration::from_secs(1);
     let mut seconds = interval_at(Instant::now() + second, second);
     seconds.set_missed_tick_behavior(MissedTickBehavior::Skip);
     loop {
         seconds.tick().await;
         errors.line(line(stream).as_bytes());
-        // Nobody is left to be told that nobody reads this.
+        // If standard error is closed, there is nowhere to report it.
         let _ = errors.flush().await;
     }
 }
 
 pub(crate) fn line(stream: &Observer) -> String {
-    // Asked first: an end that is told is an end whose figures are final.
+    // Read first, so that `ended: true` guarantees final figures.
     let ended = stream.is_ended();
     let stats = stream.stats();
     json!({

@@ -1,4 +1,4 @@
-//! One run of the demo.
+//! A run of the demo.
 
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::unix::fs::PermissionsExt as _;
@@ -11,26 +11,26 @@ use std::time::Duration;
 
 use backends::wait_until;
 
-/// One at a time: the verdicts of two would be about each other.
-static TURN: Mutex<()> = Mutex::new(());
+/// Held during a run: two runs at once would affect each other's verdicts.
+static LOCK: Mutex<()> = Mutex::new(());
 
-/// A run to come.
+/// A run that has not started yet.
 pub(crate) struct Demo {
     command: Command,
     dir: PathBuf,
 }
 
-/// A run that has begun.
+/// A run that has started. The process is killed on drop.
 pub(crate) struct Running {
     child: Child,
     stdout: Arc<Mutex<String>>,
     reader: Option<JoinHandle<()>>,
-    reads: Arc<AtomicBool>,
+    is_reading: Arc<AtomicBool>,
     dir: PathBuf,
-    _turn: MutexGuard<'static, ()>,
+    _lock: MutexGuard<'static, ()>,
 }
 
-/// How it ended.
+/// The result of a run.
 #[derive(Debug)]
 pub(crate) struct End {
     pub(crate) code: Option<i32>,
@@ -38,12 +38,12 @@ pub(crate) struct End {
     pub(crate) stderr: String,
 }
 
-/// Builds the demo, as its users do, and says where it is.
+/// Builds the demo as its users do, and returns the path of the executable.
 fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
         let mut cargo = Command::new(env!("CARGO"));
-        // What cargo has set for us, it would take for a change and build anew what looks at it (ring does).
+        // Cargo would rebuild the dependencies that read the variables it has set for this test, such as ring.
         for (name, _) in std::env::vars_os() {
             let name = name.to_string_lossy();
             if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
@@ -60,7 +60,7 @@ fn program() -> &'static Path {
             .filter_map(|line| serde_json::from_str(line).ok())
             .filter(|message: &serde_json::Value| message["target"]["name"] == "demo")
             .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-            .expect("cargo says where it put the demo")
+            .expect("cargo reports the executable")
     })
 }
 
@@ -69,17 +69,18 @@ impl Demo {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let mut command = Command::new(program());
-        // Nothing of ours may change what the demo does.
+        // The environment of this test must not affect the demo.
         for (name, _) in std::env::vars_os() {
             let name = name.to_string_lossy();
             if name.starts_with("OTEL_") || ["DATABASE_URL", "NO_COLOR"].contains(&&*name) {
                 command.env_remove(&*name);
             }
         }
-        // What its server leaves behind can only be here.
+        // Any leftovers of its server are in this folder.
         let dir = PathBuf::from(format!("/tmp/fraiseql-demo-{}-{number}", std::process::id()));
-        std::fs::create_dir(&dir).expect("a folder for temporary files");
-        std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o777)).expect("it is ours");
+        std::fs::create_dir(&dir).expect("the temporary folder is created");
+        std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o777))
+            .expect("the folder is our own");
         command.env("TMPDIR", &dir).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         Self { command, dir }
     }
@@ -99,63 +100,63 @@ impl Demo {
     }
 
     pub(crate) fn start(mut self) -> Running {
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let guard = LOCK.lock().unwrap_or_else(PoisonError::into_inner);
         let mut child = self.command.spawn().expect("the demo starts");
-        let (stdout, reads) = (Arc::<Mutex<String>>::default(), Arc::new(AtomicBool::new(true)));
-        let mut lines = BufReader::new(child.stdout.take().expect("it is piped")).lines();
-        let (seen, go_on) = (Arc::clone(&stdout), Arc::clone(&reads));
-        // The pipe closes with the thread.
+        let (stdout, is_reading) = (Arc::<Mutex<String>>::default(), Arc::new(AtomicBool::new(true)));
+        let mut lines = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
+        let (seen, continues) = (Arc::clone(&stdout), Arc::clone(&is_reading));
+        // The pipe closes when the thread ends.
         let reader = std::thread::spawn(move || {
-            while go_on.load(Ordering::Relaxed)
+            while continues.load(Ordering::Relaxed)
                 && let Some(Ok(line)) = lines.next()
             {
                 *lock(&seen) += &(line + "\n");
             }
         });
-        Running { child, stdout, reader: Some(reader), reads, dir: self.dir, _turn: turn }
+        Running { child, stdout, reader: Some(reader), is_reading, dir: self.dir, _lock: guard }
     }
 }
 
 impl Running {
-    /// Waits until it has said something.
+    /// Waits until the demo has printed `text`.
     pub(crate) fn wait_for(&self, text: &str) {
-        let said = || lock(&self.stdout).contains(text);
-        assert!(wait_until(Duration::from_secs(60), said), "no {text:?} in {}", lock(&self.stdout));
+        let is_printed = || lock(&self.stdout).contains(text);
+        assert!(wait_until(Duration::from_secs(60), is_printed), "no {text:?} in {}", lock(&self.stdout));
     }
 
     pub(crate) fn signal(&self, name: &str) {
         assert!(backends::send_signal(name, self.child.id()));
     }
 
-    /// Closes the pipe behind the next line.
+    /// Closes the pipe after the next line.
     pub(crate) fn stop_reading(&self) {
-        self.reads.store(false, Ordering::Relaxed);
+        self.is_reading.store(false, Ordering::Relaxed);
     }
 
-    /// Waits until it has ended; kills it if it does not.
+    /// Waits until the demo exits; kills it and fails after `timeout`.
     pub(crate) fn end(&mut self, timeout: Duration) -> End {
         let ended = wait_until(timeout, || matches!(self.child.try_wait(), Ok(Some(_))));
         if !ended {
             let _ = self.child.kill();
         }
         let mut stderr = String::new();
-        let mut pipe = self.child.stderr.take().expect("it is piped, and this is called once");
-        pipe.read_to_string(&mut stderr).expect("it is text");
+        let mut pipe = self.child.stderr.take().expect("stderr is piped, and `end` is called once");
+        pipe.read_to_string(&mut stderr).expect("stderr is UTF-8");
         if let Some(reader) = self.reader.take() {
-            reader.join().expect("the output is text");
+            reader.join().expect("the reader thread does not panic");
         }
         let end = End {
             code: self.child.wait().ok().and_then(|status| status.code()),
             stdout: lock(&self.stdout).clone(),
             stderr,
         };
-        assert!(ended, "it did not end within {timeout:?}: {end:#?}");
+        assert!(ended, "the demo did not exit within {timeout:?}: {end:#?}");
         end
     }
 
-    /// Files and processes of its server that are still there.
-    pub(crate) fn left_behind(&self) -> Vec<String> {
-        let files = std::fs::read_dir(&self.dir).expect("the folder is ours").flatten();
+    /// Returns the remaining files and processes of the demo's server.
+    pub(crate) fn leftovers(&self) -> Vec<String> {
+        let files = std::fs::read_dir(&self.dir).expect("the folder is readable").flatten();
         let files = files.map(|file| file.path().display().to_string());
         let dir = self.dir.display().to_string();
         let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();

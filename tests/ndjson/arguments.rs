@@ -1,9 +1,9 @@
-//! What is asked for, and how it is refused.
+//! Arguments and environment: what is accepted, and how the rest is rejected.
 
 use crate::support::{Database, ndjson, server, text};
 
 #[test]
-fn help_names_every_option_and_the_environment() {
+fn help_lists_every_option_and_the_environment() {
     let output = ndjson("", &["--help"]).output().unwrap();
     assert!(output.status.success());
     let help = text(&output.stdout);
@@ -29,9 +29,9 @@ fn help_names_every_option_and_the_environment() {
 }
 
 #[test]
-fn wrong_arguments_end_with_code_2_and_say_why() {
+fn invalid_arguments_exit_with_code_2_and_an_error() {
     let url = server().url();
-    let wrong: [&[&str]; 11] = [
+    let invalid: [&[&str]; 11] = [
         &[],
         &["docs", "more"],
         &["docs", "--no-such-option"],
@@ -44,7 +44,7 @@ fn wrong_arguments_end_with_code_2_and_say_why() {
         &["docs", "--pause-ms", "nan"],
         &["docs", "--where"],
     ];
-    for args in wrong {
+    for args in invalid {
         let output = ndjson(&url, args).output().unwrap();
         let errors = text(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{args:?}: {errors}");
@@ -55,7 +55,7 @@ fn wrong_arguments_end_with_code_2_and_say_why() {
 }
 
 #[test]
-fn a_missing_database_url_is_one_line_and_code_2() {
+fn missing_database_url_exits_with_code_2_and_one_line() {
     for set in [None, Some("")] {
         let mut command = ndjson("", &["docs"]);
         match set {
@@ -73,12 +73,12 @@ fn a_missing_database_url_is_one_line_and_code_2() {
 }
 
 #[test]
-fn a_limit_on_memory_and_chunks_may_be_absurdly_high() {
+fn largest_chunk_size_and_max_memory_are_accepted() {
     let database = Database::new(
         "arguments_high",
         "CREATE VIEW docs AS SELECT to_jsonb(i) AS data FROM generate_series(1, 3) i",
     );
-    let most = usize::MAX.to_string();
-    let args = ["docs", "--chunk-size", &most, "--max-memory", &most];
+    let max = usize::MAX.to_string();
+    let args = ["docs", "--chunk-size", &max, "--max-memory", &max];
     assert_eq!(database.lines(&args), "1\n2\n3\n");
 }

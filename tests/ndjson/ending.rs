@@ -1,4 +1,4 @@
-//! How it ends before its rows do: told to by a signal, or because nobody reads any more. No query is left behind.
+//! Ending before all rows are written: a signal or a closed output stops the program, and its query is cancelled.
 
 use std::fs::File;
 use std::io::{BufRead as _, pipe};
@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 
 use backends::{Postgres, send_signal, wait_until};
 
-use crate::support::{AT_ONCE, Database, Running, SOON, ndjson, next_line, stats, text, with_hangup};
+use crate::support::{Database, Running, STOP_TIMEOUT, TIMEOUT, ndjson, next_line, stats, text, with_sighup};
 
-/// Without end and fast; silent at once; silent after the first row, or after two where Postgres sends both (from 17 on).
+/// An endless fast view; one that never sends a row; and one that sends a row (two rows since Postgres 17) and then
+/// nothing more.
 const VIEWS: &str = "
     CREATE VIEW flowing AS SELECT to_jsonb(repeat('x', 1000)) AS data, generate_series(1, 100000000);
     CREATE VIEW silent AS SELECT to_jsonb(1) AS data FROM pg_sleep(600);
@@ -22,17 +23,17 @@ const VIEWS: &str = "
 
 const SIGNALS: [(&str, i32); 2] = [("INT", 130), ("TERM", 143)];
 
-/// Sends the signal: the program and its backend must both be gone at once.
+/// Sends the signal; the program and its backend must both end within `STOP_TIMEOUT`.
 fn assert_stops(mut running: Running, signal: (&str, i32), database: &Database) {
     let start = Instant::now();
     running.signal(signal.0);
-    let status = running.end(AT_ONCE);
+    let status = running.wait(STOP_TIMEOUT);
     assert_eq!(status.code(), Some(signal.1));
-    database.assert_no_backend(start + AT_ONCE);
+    database.assert_no_backend(start + STOP_TIMEOUT);
 }
 
 #[test]
-fn a_signal_ends_it_while_rows_flow() {
+fn signal_stops_the_program_while_rows_flow() {
     let database = Database::new("ending_flowing", VIEWS);
     for signal in SIGNALS {
         let mut running = Running::start(database.ndjson(&["flowing"]).stdout(Stdio::piped()));
@@ -41,49 +42,49 @@ fn a_signal_ends_it_while_rows_flow() {
         let reader = std::thread::spawn(move || lines.lines().map_while(Result::ok).last());
         assert_stops(running, signal, &database);
         let last = reader.join().unwrap().unwrap();
-        assert_eq!(last.len(), 1002, "the last line is whole");
+        assert_eq!(last.len(), 1002, "the last line is complete");
     }
 }
 
 #[test]
-fn a_signal_ends_it_while_the_server_is_silent() {
+fn signal_stops_the_program_while_the_server_is_silent() {
     let database = Database::new("ending_silent", VIEWS);
     for signal in SIGNALS {
         let running = Running::start(database.ndjson(&["silent"]).stdout(Stdio::null()));
-        database.until_backend_waits("PgSleep");
+        database.wait_for_backend_in("PgSleep");
         assert_stops(running, signal, &database);
     }
 }
 
 #[test]
-fn a_signal_ends_it_while_the_reader_stalls() {
+fn signal_stops_the_program_while_the_reader_stalls() {
     let database = Database::new("ending_stalled", VIEWS);
     for url in [database.url.clone(), database.socket_url()] {
         for signal in SIGNALS {
             let mut running = Running::start(ndjson(&url, &["flowing"]).stdout(Stdio::piped()));
             let _lines = running.stdout();
-            database.until_backend_waits("ClientWrite");
+            database.wait_for_backend_in("ClientWrite");
             assert_stops(running, signal, &database);
         }
     }
 }
 
 #[test]
-fn a_signal_ends_it_while_the_reader_of_both_outputs_stalls() {
+fn signal_stops_the_program_while_the_reader_of_both_outputs_stalls() {
     let database = Database::new("ending_both", VIEWS);
     let (_reader, writer) = pipe().unwrap();
     let mut command = database.ndjson(&["flowing", "--stats"]);
     command.stdout(writer.try_clone().unwrap()).stderr(writer);
     let running = Running::start(&mut command);
     drop(command);
-    database.until_backend_waits("ClientWrite");
-    // Now a line for standard error is stuck as well.
+    database.wait_for_backend_in("ClientWrite");
+    // By then, a line for standard error is blocked as well.
     std::thread::sleep(Duration::from_millis(1200));
     assert_stops(running, SIGNALS[0], &database);
 }
 
 #[test]
-fn a_signal_ends_it_in_a_long_pause() {
+fn signal_stops_the_program_during_a_long_pause() {
     let database = Database::new("ending_pause", VIEWS);
     let mut command = database.ndjson(&["flowing", "--pause-ms", "600000"]);
     let mut running = Running::start(command.stdout(Stdio::piped()));
@@ -93,137 +94,137 @@ fn a_signal_ends_it_in_a_long_pause() {
 }
 
 #[test]
-fn a_signal_ends_it_while_the_relation_is_locked() {
+fn signal_stops_the_program_while_the_table_is_locked() {
     let database = Database::new("ending_locked", "CREATE TABLE docs (data jsonb)");
     std::thread::scope(|scope| {
         scope.spawn(|| database.try_sql("BEGIN; LOCK TABLE docs; SELECT pg_sleep(60)"));
         let locked = || {
             !database.sql("SELECT 1 FROM pg_locks WHERE relation = 'docs'::regclass AND granted").is_empty()
         };
-        assert!(wait_until(SOON, locked));
+        assert!(wait_until(TIMEOUT, locked));
         let running = Running::start(&mut database.ndjson(&["docs"]));
-        database.until_backend_waits("relation");
+        database.wait_for_backend_in("relation");
         assert_stops(running, SIGNALS[0], &database);
         database.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'");
     });
 }
 
 #[test]
-fn a_signal_ends_it_while_it_connects() {
+fn signal_stops_the_program_while_it_connects() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("postgres://u:p@{}/d", listener.local_addr().unwrap());
     for (signal, code) in SIGNALS {
         let mut running = Running::start(&mut ndjson(&url, &["docs"]));
         let _silent = listener.accept().unwrap();
         running.signal(signal);
-        assert_eq!(running.end(AT_ONCE).code(), Some(code));
+        assert_eq!(running.wait(STOP_TIMEOUT).code(), Some(code));
     }
 }
 
 #[test]
-fn a_signal_ends_it_while_a_host_name_is_resolved() {
-    // The C library reads this file before it resolves a name; here it waits for the file's end.
+fn signal_stops_the_program_while_a_host_name_resolves() {
+    // The C library reads this file before it resolves a name. The file is a pipe, so it waits for the end of it.
     let file = std::env::temp_dir().join(format!("ndjson-test-hosts-{}", std::process::id()));
     assert!(Command::new("mkfifo").arg(&file).status().unwrap().success());
     for (signal, code) in SIGNALS {
         let mut command = ndjson("postgres://u:p@db.example/d", &["docs"]);
         let mut running = Running::start(command.env("RESOLV_HOST_CONF", &file));
-        let _end = opened_for_reading(&file);
+        let _writer = open_once_read(&file);
         running.signal(signal);
-        assert_eq!(running.end(AT_ONCE).code(), Some(code));
+        assert_eq!(running.wait(STOP_TIMEOUT).code(), Some(code));
     }
     std::fs::remove_file(&file).unwrap();
 }
 
-/// The end of a pipe to write to, once somebody reads from it.
-fn opened_for_reading(pipe: &Path) -> File {
+/// Opens a pipe for writing, which succeeds once the program reads from it.
+fn open_once_read(pipe: &Path) -> File {
     let (sender, opened) = channel();
     let pipe = pipe.to_owned();
     std::thread::spawn(move || sender.send(File::options().write(true).open(pipe)));
-    opened.recv_timeout(SOON).expect("the name is being resolved").expect("a pipe")
+    opened.recv_timeout(TIMEOUT).expect("the program resolves the name").expect("the pipe opens")
 }
 
 #[test]
-fn a_closed_terminal_ends_it_and_its_query() {
+fn closed_terminal_stops_the_program_and_its_query() {
     let database = Database::new("ending_terminal", VIEWS);
-    let running = Running::start(&mut with_hangup("default", &database.ndjson(&["silent"])));
-    database.until_backend_waits("PgSleep");
+    let running = Running::start(&mut with_sighup("default", &database.ndjson(&["silent"])));
+    database.wait_for_backend_in("PgSleep");
     assert_stops(running, ("HUP", 129), &database);
 }
 
 #[test]
-fn under_nohup_it_outlives_its_terminal() {
+fn program_under_nohup_survives_a_closed_terminal() {
     let database = Database::new("ending_nohup", VIEWS);
-    let mut running = Running::start(&mut with_hangup("ignore", &database.ndjson(&["silent"])));
-    database.until_backend_waits("PgSleep");
+    let mut running = Running::start(&mut with_sighup("ignore", &database.ndjson(&["silent"])));
+    database.wait_for_backend_in("PgSleep");
     running.signal("HUP");
-    running.stays(Duration::from_millis(300));
+    running.assert_runs_for(Duration::from_millis(300));
     assert_stops(running, SIGNALS[1], &database);
 }
 
-/// A server that cannot cancel anything for now, and the program in a query on it.
-struct Stuck {
+/// A server whose postmaster is suspended, so that it accepts no cancel request, and the program with a query on it.
+struct SuspendedServer {
     server: Postgres,
     running: Running,
 }
 
-impl Stuck {
+impl SuspendedServer {
     fn start(command: impl FnOnce(&str) -> Command) -> Self {
-        let server = Postgres::start().expect("a server");
-        server.psql("postgres", VIEWS).expect("good SQL");
+        let server = Postgres::start().expect("the server starts");
+        server.psql("postgres", VIEWS).expect("the SQL is valid");
         let running = Running::start(&mut command(&server.url()));
-        let stuck = Self { server, running };
-        assert!(wait_until(SOON, || stuck.queries() == "1\n"));
-        assert!(send_signal("STOP", stuck.server.postmaster_pid()));
-        stuck
+        let suspended = Self { server, running };
+        assert!(wait_until(TIMEOUT, || suspended.queries() == "1\n"));
+        assert!(send_signal("STOP", suspended.server.postmaster_pid()));
+        suspended
     }
 
     fn queries(&self) -> String {
         let count = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
-        self.server.psql("postgres", count).expect("good SQL")
+        self.server.psql("postgres", count).expect("the SQL is valid")
     }
 
-    fn go_on(&self) {
+    fn resume(&self) {
         assert!(send_signal("CONT", self.server.postmaster_pid()));
     }
 }
 
-impl Drop for Stuck {
+impl Drop for SuspendedServer {
     fn drop(&mut self) {
-        self.go_on();
+        self.resume();
     }
 }
 
 #[test]
-fn a_terminal_that_hangs_up_twice_still_has_the_query_cancelled() {
-    // The kernel and the shell both send the signal.
-    let mut stuck = Stuck::start(|url| with_hangup("default", &ndjson(url, &["silent"])));
-    stuck.running.signal("HUP");
-    stuck.running.stays(Duration::from_millis(300));
-    stuck.running.signal("HUP");
-    stuck.running.stays(Duration::from_millis(300));
-    stuck.go_on();
-    assert_eq!(stuck.running.end(AT_ONCE).code(), Some(129));
-    assert_eq!(stuck.queries(), "0\n");
+fn second_hangup_does_not_keep_the_query_from_being_cancelled() {
+    // When a terminal is closed, the kernel and the shell may both send SIGHUP.
+    let mut suspended = SuspendedServer::start(|url| with_sighup("default", &ndjson(url, &["silent"])));
+    suspended.running.signal("HUP");
+    suspended.running.assert_runs_for(Duration::from_millis(300));
+    suspended.running.signal("HUP");
+    suspended.running.assert_runs_for(Duration::from_millis(300));
+    suspended.resume();
+    assert_eq!(suspended.running.wait(STOP_TIMEOUT).code(), Some(129));
+    assert_eq!(suspended.queries(), "0\n");
 }
 
 #[test]
-fn a_second_signal_waits_neither_for_the_server_nor_for_the_collector() {
+fn second_signal_stops_the_program_without_waiting_for_server_or_collector() {
     let collector = TcpListener::bind("127.0.0.1:0").unwrap();
     let endpoint = format!("http://{}", collector.local_addr().unwrap());
-    let mut stuck = Stuck::start(|url| {
+    let mut suspended = SuspendedServer::start(|url| {
         let mut command = ndjson(url, &["silent"]);
         command.env("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint);
         command
     });
-    stuck.running.signal("INT");
-    stuck.running.stays(Duration::from_millis(300));
-    stuck.running.signal("TERM");
-    assert_eq!(stuck.running.end(AT_ONCE).code(), Some(130));
+    suspended.running.signal("INT");
+    suspended.running.assert_runs_for(Duration::from_millis(300));
+    suspended.running.signal("TERM");
+    assert_eq!(suspended.running.wait(STOP_TIMEOUT).code(), Some(130));
 }
 
 #[test]
-fn a_signal_has_the_last_stats_told() {
+fn final_statistics_are_written_after_a_signal() {
     let database = Database::new("ending_stats", VIEWS);
     let mut command = database.ndjson(&["one", "--stats"]);
     let mut running = Running::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
@@ -234,72 +235,72 @@ fn a_signal_has_the_last_stats_told() {
     let stats = stats(&errors.join("\n"));
     let last = stats.last().unwrap();
     assert!([1, 2].contains(&last["rows"].as_u64().unwrap()) && last["ended"] == true, "{last}");
-    assert_eq!(running.end(AT_ONCE).code(), Some(143));
+    assert_eq!(running.wait(STOP_TIMEOUT).code(), Some(143));
 }
 
 #[test]
-fn a_reader_who_leaves_while_rows_flow_ends_it_well() {
+fn closed_output_stops_the_program_with_code_0_while_rows_flow() {
     let database = Database::new("ending_head", VIEWS);
     let mut command = Command::new("sh");
     command.args(["-c", "\"$0\" flowing | head -1"]).arg(database.ndjson(&[]).get_program());
     let output = command.env("DATABASE_URL", &database.url).output().unwrap();
-    let left = Instant::now();
+    let closed = Instant::now();
     assert_eq!(output.stdout.len(), 1003);
     assert_eq!(text(&output.stderr), "");
-    database.assert_no_backend(left + AT_ONCE);
+    database.assert_no_backend(closed + STOP_TIMEOUT);
 
     let mut command = database.ndjson(&["flowing"]);
     let mut running = Running::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
     next_line(&mut running.stdout());
-    assert_eq!(running.end(AT_ONCE).code(), Some(0));
+    assert_eq!(running.wait(STOP_TIMEOUT).code(), Some(0));
     assert_eq!(next_line(&mut running.stderr()), "");
 }
 
 #[test]
-fn a_reader_who_leaves_while_the_server_is_silent_ends_it_well() {
+fn closed_output_stops_the_program_with_code_0_while_the_server_is_silent() {
     let database = Database::new("ending_head_silent", VIEWS);
     let mut running = Running::start(database.ndjson(&["one"]).stdout(Stdio::piped()));
     next_line(&mut running.stdout());
-    let left = Instant::now();
-    assert_eq!(running.end(AT_ONCE).code(), Some(0));
-    database.assert_no_backend(left + AT_ONCE);
+    let closed = Instant::now();
+    assert_eq!(running.wait(STOP_TIMEOUT).code(), Some(0));
+    database.assert_no_backend(closed + STOP_TIMEOUT);
 }
 
 #[test]
-fn a_reader_who_leaves_in_a_long_pause_or_never_reads_ends_it_well() {
+fn unread_output_that_is_closed_stops_the_program_with_code_0() {
     let database = Database::new("ending_unread", VIEWS);
     for args in [&["silent"][..], &["flowing", "--pause-ms", "600000"]] {
         let mut running = Running::start(database.ndjson(args).stdout(Stdio::piped()));
         let reader = running.stdout();
-        assert!(wait_until(SOON, || database.has_backend()));
-        let left = Instant::now();
+        assert!(wait_until(TIMEOUT, || database.has_backend()));
+        let closed = Instant::now();
         drop(reader);
-        assert_eq!(running.end(AT_ONCE).code(), Some(0));
-        database.assert_no_backend(left + AT_ONCE);
+        assert_eq!(running.wait(STOP_TIMEOUT).code(), Some(0));
+        database.assert_no_backend(closed + STOP_TIMEOUT);
     }
 }
 
 #[test]
-fn a_reader_who_hangs_up_a_socket_ends_it_well() {
+fn closed_socket_stops_the_program_with_code_0() {
     let database = Database::new("ending_socket", VIEWS);
-    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (reader, writer) = UnixStream::pair().unwrap();
     let mut command = database.ndjson(&["silent"]);
-    let mut running = Running::start(command.stdout(OwnedFd::from(theirs)));
+    let mut running = Running::start(command.stdout(OwnedFd::from(writer)));
     drop(command);
-    database.until_backend_waits("PgSleep");
-    let left = Instant::now();
-    drop(ours);
-    assert_eq!(running.end(AT_ONCE).code(), Some(0));
-    database.assert_no_backend(left + AT_ONCE);
+    database.wait_for_backend_in("PgSleep");
+    let closed = Instant::now();
+    drop(reader);
+    assert_eq!(running.wait(STOP_TIMEOUT).code(), Some(0));
+    database.assert_no_backend(closed + STOP_TIMEOUT);
 }
 
 #[test]
-fn a_file_has_no_reader_who_could_leave() {
+fn output_to_a_file_is_never_taken_for_closed() {
     let database = Database::new("ending_file", VIEWS);
     let file = std::env::temp_dir().join(format!("ndjson-test-{}", std::process::id()));
     let mut command = database.ndjson(&["one"]);
     let running = Running::start(command.stdout(File::create(&file).unwrap()));
-    assert!(wait_until(SOON, || { std::fs::metadata(&file).is_ok_and(|meta| meta.len() >= 20_003) }));
+    assert!(wait_until(TIMEOUT, || { std::fs::metadata(&file).is_ok_and(|meta| meta.len() >= 20_003) }));
     std::fs::remove_file(&file).unwrap();
     assert_stops(running, SIGNALS[0], &database);
 }

@@ -1,12 +1,12 @@
-//! Failures: one line on standard error, code 1, no password.
+//! Failures: exit code 1 and one line on standard error, without the password.
 
 use std::fs::File;
 use std::process::Stdio;
 
-use crate::support::{Database, Running, SOON, complaint, ndjson, next_line, server, stats, text};
+use crate::support::{Database, Running, TIMEOUT, error_line, ndjson, next_line, server, stats, text};
 
 #[test]
-fn an_unknown_relation_is_named() {
+fn error_names_the_unknown_relation() {
     let database = Database::new("errors_relation", "CREATE TABLE docs (data text)");
     let line = database.failure(&["no_such"]);
     assert!(line.starts_with("ndjson: no_such: relation \"no_such\" does not exist (42P01); "), "{line}");
@@ -17,7 +17,7 @@ fn an_unknown_relation_is_named() {
 }
 
 #[test]
-fn a_bad_condition_or_parameter_is_told_in_the_servers_words() {
+fn invalid_condition_or_parameter_shows_the_server_error() {
     let database = Database::new(
         "errors_condition",
         "CREATE VIEW docs AS SELECT to_jsonb(i) AS data FROM generate_series(1, 3) i",
@@ -31,16 +31,16 @@ fn a_bad_condition_or_parameter_is_told_in_the_servers_words() {
 }
 
 #[test]
-fn a_wrong_password_is_refused_and_not_shown() {
+fn wrong_password_fails_and_is_not_shown() {
     let wrong = "not-the-password";
     let url = server().url().replace(server().password(), wrong);
-    let line = complaint(&ndjson(&url, &["docs"]).output().unwrap());
+    let line = error_line(&ndjson(&url, &["docs"]).output().unwrap());
     assert!(line.contains("28P01"), "{line}");
     assert!(!line.contains(wrong), "{line}");
 }
 
 #[test]
-fn a_url_that_is_none_is_not_shown() {
+fn invalid_url_is_not_shown() {
     let password = server().password();
     for url in [
         format!("postgres://postgres:{password}@127.0.0.1:port/db"),
@@ -49,7 +49,7 @@ fn a_url_that_is_none_is_not_shown() {
         format!("postgres://postgres:{password}@127.0.0.1:1/db"),
         format!("postgres://postgres:{password}@no-such-host.invalid/db"),
     ] {
-        complaint(&ndjson(&url, &["docs"]).output().unwrap());
+        error_line(&ndjson(&url, &["docs"]).output().unwrap());
     }
 }
 
@@ -70,7 +70,7 @@ fn rows_before_an_error_are_written() {
 }
 
 #[test]
-fn a_lost_backend_is_an_error() {
+fn terminated_backend_is_an_error() {
     let database = Database::new(
         "errors_backend",
         "CREATE VIEW docs AS SELECT to_jsonb(repeat('x', 20000)) AS data FROM generate_series(1, 2)
@@ -83,11 +83,11 @@ fn a_lost_backend_is_an_error() {
     database.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'fraiseql-stream' AND datname = current_database()");
     let line = next_line(&mut running.stderr());
     assert!(line.contains("57P01"), "{line}");
-    assert_eq!(running.end(SOON).code(), Some(1));
+    assert_eq!(running.wait(TIMEOUT).code(), Some(1));
 }
 
 #[test]
-fn a_full_disk_is_told_at_once() {
+fn full_disk_is_reported_at_once() {
     let database = Database::new(
         "errors_full",
         "CREATE VIEW docs AS SELECT to_jsonb(repeat('x', 20000)) AS data FROM generate_series(1, 2)
@@ -100,5 +100,5 @@ fn a_full_disk_is_told_at_once() {
         next_line(&mut running.stderr()),
         "ndjson: cannot write to standard output: No space left on device (os error 28)"
     );
-    assert_eq!(running.end(SOON).code(), Some(1));
+    assert_eq!(running.wait(TIMEOUT).code(), Some(1));
 }

@@ -1,4 +1,4 @@
-//! `examples/ndjson`, run as its user runs it: its bytes, its exit codes, its manners.
+//! Runs `examples/ndjson` as a user does, and checks its output, its exit codes and how it stops.
 
 mod arguments;
 mod ending;

@@ -1,4 +1,4 @@
-//! Who is slow, and how slow: `--stats` and `--pause-ms`.
+//! `--stats` and `--pause-ms`: which side is slow, and by how much.
 
 use std::io::BufRead as _;
 use std::process::Stdio;
@@ -6,25 +6,25 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::support::{AT_ONCE, Database, Running, ndjson, next_line, stats, text};
+use crate::support::{Database, Running, STOP_TIMEOUT, ndjson, next_line, stats, text};
 
-/// The last line of statistics of a run that ends well.
+/// Runs the program, which must succeed, and returns its final statistics.
 fn last_stats(database: &Database, args: &[&str]) -> Value {
     let mut command = database.ndjson(args);
-    let output = command.arg("--stats").stdout(Stdio::null()).output().expect("it runs");
+    let output = command.arg("--stats").stdout(Stdio::null()).output().expect("the program runs");
     let errors = text(&output.stderr);
     assert!(output.status.success(), "{errors}");
-    let last = stats(&errors).pop().expect("a last line");
+    let last = stats(&errors).pop().expect("there is a final line");
     assert_eq!(last["ended"], true, "{last}");
     last
 }
 
 fn seconds(stats: &Value) -> f64 {
-    stats["elapsed_seconds"].as_f64().expect("seconds")
+    stats["elapsed_seconds"].as_f64().expect("the field is a number of seconds")
 }
 
 #[test]
-fn two_hundred_rows_at_ten_milliseconds_are_consumer_bound() {
+fn pause_of_ten_milliseconds_per_row_is_consumer_bound() {
     let database = Database::new(
         "pace_consumer",
         "CREATE VIEW docs AS SELECT to_jsonb(i) AS data FROM generate_series(1, 200) i",
@@ -37,36 +37,36 @@ fn two_hundred_rows_at_ten_milliseconds_are_consumer_bound() {
 }
 
 #[test]
-fn a_slow_view_is_source_bound() {
+fn slow_view_is_source_bound() {
     let database = Database::new(
         "pace_source",
         "CREATE VIEW docs AS SELECT to_jsonb(i) AS data FROM generate_series(1, 50) i WHERE pg_sleep(0.02) IS NOT NULL",
     );
     let stats = last_stats(&database, &["docs"]);
     assert_eq!(stats["verdict"], "source_bound", "{stats}");
-    // It is the source, too, when the consumer is slow but a bit less so.
+    // The verdict is the same if the consumer is slow too, but less slow than the view.
     let stats = last_stats(&database, &["docs", "--pause-ms", "1"]);
     assert_eq!(stats["verdict"], "source_bound", "{stats}");
 }
 
 #[test]
-fn pauses_are_right_on_average() {
+fn pauses_have_the_requested_length_on_average() {
     let database = Database::new(
         "pace_pause",
         "CREATE VIEW docs AS SELECT to_jsonb(i) AS data FROM generate_series(1, 4000) i",
     );
     for (pause, rows) in [("0.5", "2000"), ("1.5", "700"), ("7", "150")] {
-        let meant = pause.parse::<f64>().unwrap() / 1e3 * rows.parse::<f64>().unwrap();
+        let expected = pause.parse::<f64>().unwrap() / 1e3 * rows.parse::<f64>().unwrap();
         let ratio =
-            || seconds(&last_stats(&database, &["docs", "--pause-ms", pause, "--limit", rows])) / meant;
-        // What the rows themselves cost comes on top, and that is not always little on a machine that is busy.
+            || seconds(&last_stats(&database, &["docs", "--pause-ms", pause, "--limit", rows])) / expected;
+        // The rows take time as well, sometimes a lot of it on a busy machine, so one good run of three is enough.
         let ratios = [ratio(), ratio(), ratio()];
         assert!(ratios.iter().any(|ratio| (0.85..1.15).contains(ratio)), "{pause}: {ratios:?}");
     }
 }
 
 #[test]
-fn statistics_come_every_second_though_the_reader_stalls() {
+fn statistics_are_written_every_second_while_the_reader_stalls() {
     let database = Database::new(
         "pace_stalled",
         "CREATE VIEW docs AS SELECT to_jsonb(repeat('x', 1000)) AS data, generate_series(1, 1000000)",
@@ -83,15 +83,15 @@ fn statistics_come_every_second_though_the_reader_stalls() {
     let last = stats.last().unwrap();
     assert_eq!(last["verdict"], "consumer_bound", "{last}");
     assert_eq!((&last["ended"], &last["buffered_rows"]), (&false.into(), &256.into()));
-    // A wait that still goes on counts.
+    // A wait that has not ended yet is included.
     assert!(last["time"]["consumer"].as_f64() > Some(3.5), "{last}");
     assert!(last["producer_time"]["room"].as_f64() > Some(3.0), "{last}");
     running.signal("INT");
-    assert_eq!(running.end(AT_ONCE).code(), Some(130));
+    assert_eq!(running.wait(STOP_TIMEOUT).code(), Some(130));
 }
 
 #[test]
-fn statistics_come_every_second_in_a_long_pause_and_while_the_server_is_silent() {
+fn statistics_are_written_every_second_during_a_long_pause_and_while_the_server_is_silent() {
     let database = Database::new(
         "pace_silent",
         "CREATE VIEW quick AS SELECT to_jsonb(1) AS data FROM generate_series(1, 10);
@@ -109,17 +109,17 @@ fn statistics_come_every_second_in_a_long_pause_and_while_the_server_is_silent()
             assert_eq!(stats["verdict"], verdict, "{stats}");
         }
         running.signal("INT");
-        assert_eq!(errors.lines().count(), 1, "one last line");
+        assert_eq!(errors.lines().count(), 1, "one final line");
     }
 }
 
 #[test]
-fn a_statement_timeout_is_put_down_to_the_consumer_that_dawdles() {
+fn statement_timeout_is_attributed_to_the_slow_consumer() {
     let database = Database::new(
         "pace_timeout",
         "CREATE VIEW docs AS SELECT to_jsonb(repeat('x', 1000)) AS data, generate_series(1, 100000)",
     );
-    // By the socket: what lies in the kernel's buffers is delivered before the error.
+    // Over the Unix socket, whose small buffer keeps few rows that are delivered before the error.
     let url = format!("{} options='-c statement_timeout=2000'", database.socket_url());
     let mut command = ndjson(&url, &["docs", "--pause-ms", "5", "--stats"]);
     let output = command.output().unwrap();

@@ -1,4 +1,4 @@
-//! What it writes: the bytes of Postgres, one document a line.
+//! Rows: the bytes as Postgres sends them, one document per line.
 
 use std::fmt::Write as _;
 use std::io::Read as _;
@@ -6,10 +6,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use crate::support::{Database, Running, SOON};
+use crate::support::{Database, Running, TIMEOUT};
 
 #[test]
-fn json_is_written_as_it_was_stored_but_for_line_breaks_between_tokens() {
+fn json_is_written_as_stored_except_for_line_breaks_between_tokens() {
     let database = Database::new(
         "rows_json",
         r#"CREATE TABLE docs (id int, data json);
@@ -59,7 +59,7 @@ fn jsonb_is_written_as_postgres_prints_it() {
 }
 
 #[test]
-fn every_row_of_many_is_written_once_and_in_order() {
+fn every_row_is_written_once_and_in_order() {
     let database = Database::new(
         "rows_many",
         "CREATE VIEW docs AS SELECT jsonb_build_object('id', i) AS data FROM generate_series(1, 200000) i",
@@ -76,9 +76,9 @@ fn every_row_of_many_is_written_once_and_in_order() {
 }
 
 #[test]
-fn order_limit_and_offset_choose_the_rows() {
+fn order_limit_and_offset_select_the_rows() {
     let database = Database::new(
-        "rows_chosen",
+        "rows_selected",
         "CREATE VIEW docs AS SELECT to_jsonb(i) AS data FROM generate_series(1, 100) i",
     );
     assert_eq!(
@@ -91,14 +91,14 @@ fn order_limit_and_offset_choose_the_rows() {
 }
 
 #[test]
-fn parameters_take_the_type_that_the_condition_gives_them() {
+fn parameters_have_the_type_that_the_condition_implies() {
     let database = Database::new(
         "rows_parameters",
         "CREATE TYPE mood AS ENUM ('good', 'bad');
         CREATE TABLE docs (data jsonb, i int, n numeric, t text, b boolean, at timestamptz, u uuid, tags text[], m mood);
         INSERT INTO docs VALUES ('\"it\"', -5, 1.50, '', true, '2024-02-29 12:00Z', 'a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11', '{a,b}', 'good');",
     );
-    let chosen = [
+    let matching = [
         ("i = $1", vec!["-5"]),
         ("n = $1", vec!["1.5"]),
         ("t = $1", vec![""]),
@@ -113,21 +113,21 @@ fn parameters_take_the_type_that_the_condition_gives_them() {
         ("$1 || $2 = 'a--where'", vec!["a", "--where"]),
         ("t <> $1", vec!["é 🦀 ' \" \\ $1"]),
     ];
-    for (condition, params) in chosen {
+    for (condition, params) in matching {
         let mut args = vec!["docs", "--where", condition];
         for param in &params {
             args.extend(["--param", param]);
         }
         assert_eq!(database.lines(&args), "\"it\"\n", "{condition} {params:?}");
-        let not = format!("NOT coalesce({condition}, false)");
-        args[2] = &not;
-        assert_eq!(database.lines(&args), "", "{not} {params:?}");
+        let negated = format!("NOT coalesce({condition}, false)");
+        args[2] = &negated;
+        assert_eq!(database.lines(&args), "", "{negated} {params:?}");
     }
 }
 
 #[test]
-fn a_row_does_not_wait_for_the_next_one() {
-    // What the server holds back until it has 8 KB is not ours to write.
+fn row_is_written_before_the_next_one_arrives() {
+    // The server holds rows back until it has 8 KB, so these rows are larger.
     let database = Database::new(
         "rows_prompt",
         "CREATE VIEW docs AS SELECT to_jsonb(repeat('x', 20000)) AS data FROM generate_series(1, 2)
@@ -140,18 +140,18 @@ fn a_row_does_not_wait_for_the_next_one() {
 }
 
 #[test]
-fn a_non_blocking_output_gets_every_byte() {
+fn non_blocking_output_receives_every_byte() {
     let database = Database::new(
         "rows_nonblocking",
         "CREATE VIEW docs AS SELECT to_jsonb(i) AS data FROM generate_series(1, 200000) i",
     );
-    let (mut ours, theirs) = UnixStream::pair().unwrap();
-    theirs.set_nonblocking(true).unwrap();
-    let mut running = Running::start(database.ndjson(&["docs"]).stdout(OwnedFd::from(theirs)));
+    let (mut reader, writer) = UnixStream::pair().unwrap();
+    writer.set_nonblocking(true).unwrap();
+    let mut running = Running::start(database.ndjson(&["docs"]).stdout(OwnedFd::from(writer)));
     std::thread::sleep(Duration::from_millis(300));
     let mut lines = String::new();
-    ours.read_to_string(&mut lines).unwrap();
+    reader.read_to_string(&mut lines).unwrap();
     assert_eq!(lines.lines().count(), 200_000);
     assert!(lines.ends_with("\n199999\n200000\n"));
-    assert!(running.end(SOON).success());
+    assert!(running.wait(TIMEOUT).success());
 }

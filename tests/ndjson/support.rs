@@ -1,4 +1,4 @@
-//! A server for all tests, a database for each, and the program.
+//! The program under test, one server for all tests, and a database for each.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
@@ -11,15 +11,15 @@ use std::time::{Duration, Instant};
 use backends::{Postgres, send_signal, wait_until};
 use serde_json::Value;
 
-/// For what takes milliseconds, on a machine that is busy with all the other tests.
-pub(crate) const SOON: Duration = Duration::from_secs(20);
-/// How long the program may take to stop, and its query to be gone from the server.
-pub(crate) const AT_ONCE: Duration = Duration::from_secs(1);
+/// A limit for operations that take milliseconds, generous enough for a machine that runs all other tests too.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
+/// The limit for the program to stop and for its query to end on the server.
+pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// For a program that hangs.
-const TOO_LONG: Duration = Duration::from_secs(60);
+/// A program that still runs after this time hangs and is killed.
+const KILL_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A database of the test's own.
+/// A database that belongs to one test.
 pub(crate) struct Database {
     name: &'static str,
     pub(crate) url: String,
@@ -27,26 +27,26 @@ pub(crate) struct Database {
 
 pub(crate) fn server() -> &'static Postgres {
     static SERVER: OnceLock<Postgres> = OnceLock::new();
-    SERVER.get_or_init(|| Postgres::start().expect("a server"))
+    SERVER.get_or_init(|| Postgres::start().expect("the server starts"))
 }
 
 impl Database {
     pub(crate) fn new(name: &'static str, script: &str) -> Self {
-        let url = server().create_database(name).expect("a new database");
+        let url = server().create_database(name).expect("the database is created");
         let database = Self { name, url };
         database.sql(script);
         database
     }
 
     pub(crate) fn sql(&self, script: &str) -> String {
-        self.try_sql(script).expect("good SQL")
+        self.try_sql(script).expect("the SQL is valid")
     }
 
     pub(crate) fn try_sql(&self, script: &str) -> Result<String, backends::Error> {
         server().psql(self.name, script)
     }
 
-    /// The URL by the Unix socket, where the kernel buffers little.
+    /// Returns a connection string for the Unix socket, where the kernel buffers little.
     pub(crate) fn socket_url(&self) -> String {
         format!(
             "host={} port={} user=postgres password={} dbname={}",
@@ -57,47 +57,47 @@ impl Database {
         )
     }
 
-    /// How many backends serve the program here that are in such a state.
+    /// Counts the program's backends that satisfy `condition`.
     fn backends(&self, condition: &str) -> usize {
         let count = self.sql(&format!(
             "SELECT count(*) FROM pg_stat_activity WHERE datname = '{}' AND application_name = 'fraiseql-stream' AND {condition}",
             self.name
         ));
-        count.trim().parse().expect("a count")
+        count.trim().parse().expect("psql prints a count")
     }
 
-    /// Waits until the program's backend waits for such an event.
-    pub(crate) fn until_backend_waits(&self, event: &str) {
+    /// Waits until the program's backend has the wait event `event`.
+    pub(crate) fn wait_for_backend_in(&self, event: &str) {
         let condition = format!("wait_event = '{event}'");
-        assert!(wait_until(SOON, || self.backends(&condition) == 1), "no backend in {event}");
+        assert!(wait_until(TIMEOUT, || self.backends(&condition) == 1), "no backend waits for {event}");
     }
 
     pub(crate) fn has_backend(&self) -> bool {
         self.backends("true") > 0
     }
 
-    /// Fails unless the program's backend is gone by `deadline`.
+    /// Fails unless the program's backend has ended by `deadline`.
     pub(crate) fn assert_no_backend(&self, deadline: Instant) {
         let left = deadline.saturating_duration_since(Instant::now());
         assert!(wait_until(left, || !self.has_backend()), "the backend is still there");
     }
 
-    /// The program on this database, without telemetry.
+    /// Returns a command that runs the program on this database, without telemetry.
     pub(crate) fn ndjson(&self, args: &[&str]) -> Command {
         ndjson(&self.url, args)
     }
 
-    /// What it writes when all is well.
+    /// Runs the program, which must succeed, and returns its output.
     pub(crate) fn lines(&self, args: &[&str]) -> String {
-        let output = self.ndjson(args).output().expect("it runs");
+        let output = self.ndjson(args).output().expect("the program runs");
         assert_eq!(text(&output.stderr), "");
         assert!(output.status.success(), "{}", output.status);
         text(&output.stdout)
     }
 
-    /// What it says when it fails: one line, without the password.
+    /// Runs the program, which must fail, and returns its error: one line, without the password.
     pub(crate) fn failure(&self, args: &[&str]) -> String {
-        complaint(&self.ndjson(args).output().expect("it runs"))
+        error_line(&self.ndjson(args).output().expect("the program runs"))
     }
 }
 
@@ -112,10 +112,10 @@ pub(crate) fn ndjson(url: &str, args: &[&str]) -> Command {
     command
 }
 
-/// The same program with SIGHUP set to `default`, or to `ignore` as by `nohup`, whatever holds for this process.
-pub(crate) fn with_hangup(effect: &str, program: &Command) -> Command {
+/// Returns the same command with SIGHUP set to `default`, or to `ignore` as under `nohup`, whatever this process has set.
+pub(crate) fn with_sighup(action: &str, program: &Command) -> Command {
     let mut command = Command::new("env");
-    command.arg(format!("--{effect}-signal=HUP")).arg(program.get_program()).args(program.get_args());
+    command.arg(format!("--{action}-signal=HUP")).arg(program.get_program()).args(program.get_args());
     for (name, value) in program.get_envs() {
         match value {
             Some(value) => command.env(name, value),
@@ -125,8 +125,8 @@ pub(crate) fn with_hangup(effect: &str, program: &Command) -> Command {
     command
 }
 
-/// Checks that it is a failure as it should be, and returns its line.
-pub(crate) fn complaint(output: &Output) -> String {
+/// Checks that the program failed with exit code 1 and one line on standard error, and returns that line.
+pub(crate) fn error_line(output: &Output) -> String {
     let line = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{line}");
     assert_eq!(line.matches('\n').count(), 1, "{line}");
@@ -136,15 +136,15 @@ pub(crate) fn complaint(output: &Output) -> String {
 }
 
 pub(crate) fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).expect("UTF-8")
+    String::from_utf8(bytes.to_vec()).expect("the output is UTF-8")
 }
 
-/// The example, built once as this test was: with or without optimisation.
+/// Builds the example once, in the same profile as this test, and returns its path.
 fn program() -> &'static PathBuf {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
         let mut cargo = Command::new(env!("CARGO"));
-        // What cargo sets for a test would make it build some dependencies anew, and again for the next test.
+        // The variables that cargo sets for a test would make it rebuild some dependencies, and again for the next test.
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
             if ["CARGO_PKG_", "CARGO_MANIFEST_"].iter().any(|prefix| text.starts_with(prefix)) {
@@ -165,20 +165,20 @@ fn program() -> &'static PathBuf {
             let message: Value = serde_json::from_str(line).ok()?;
             message["executable"].as_str().map(PathBuf::from)
         });
-        executables.next_back().expect("cargo tells what it built")
+        executables.next_back().expect("cargo reports the executable")
     })
 }
 
-/// The program while it runs; killed when the test fails, or waits for it for too long.
-pub(crate) struct Running(Child, #[expect(dead_code, reason = "its drop tells")] Sender<()>);
+/// The running program; killed on drop, or after `KILL_TIMEOUT`.
+pub(crate) struct Running(Child, #[expect(dead_code, reason = "dropping it stops the timer")] Sender<()>);
 
 impl Running {
     pub(crate) fn start(command: &mut Command) -> Self {
-        let child = command.spawn().expect("it runs");
+        let child = command.spawn().expect("the program runs");
         let (sender, ended) = channel();
         let pid = child.id();
         thread::spawn(move || {
-            if ended.recv_timeout(TOO_LONG) == Err(RecvTimeoutError::Timeout) {
+            if ended.recv_timeout(KILL_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
                 send_signal("KILL", pid);
             }
         });
@@ -201,21 +201,21 @@ impl Running {
         assert!(send_signal(name, self.0.id()));
     }
 
-    /// Fails if it ends within this time.
-    pub(crate) fn stays(&mut self, time: Duration) {
-        let ended = || self.0.try_wait().expect("it is our child").is_some();
-        assert!(!wait_until(time, ended), "it has ended");
+    /// Fails if the program exits within this time.
+    pub(crate) fn assert_runs_for(&mut self, time: Duration) {
+        let ended = || self.0.try_wait().expect("it is a child of this process").is_some();
+        assert!(!wait_until(time, ended), "the program has exited");
     }
 
-    /// Waits for its end, which must come within `limit`.
-    pub(crate) fn end(&mut self, limit: Duration) -> ExitStatus {
+    /// Waits for the program to exit; fails if it still runs after `limit`.
+    pub(crate) fn wait(&mut self, limit: Duration) -> ExitStatus {
         let mut status = None;
         let ended = wait_until(limit, || {
-            status = self.0.try_wait().expect("it is our child");
+            status = self.0.try_wait().expect("it is a child of this process");
             status.is_some()
         });
-        assert!(ended, "it still runs after {limit:?}");
-        status.expect("it has ended")
+        assert!(ended, "the program still runs after {limit:?}");
+        status.expect("the program has exited")
     }
 }
 
@@ -226,23 +226,23 @@ impl Drop for Running {
     }
 }
 
-/// The next line, without its end.
+/// Reads the next line, without its line break.
 pub(crate) fn next_line(from: &mut impl BufRead) -> String {
     let mut line = String::new();
-    from.read_line(&mut line).expect("a line");
+    from.read_line(&mut line).expect("the stream is readable");
     line.trim_end().to_owned()
 }
 
-/// The lines of `--stats`, checked for what each must have.
+/// Parses the lines written by `--stats`, and checks the invariants of each.
 pub(crate) fn stats(errors: &str) -> Vec<Value> {
     let lines = errors.lines().filter(|line| line.starts_with('{'));
-    let stats: Vec<Value> = lines.map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let stats: Vec<Value> = lines.map(|line| serde_json::from_str(line).expect("the line is JSON")).collect();
     stats.iter().for_each(check);
     stats
 }
 
 fn check(stats: &Value) {
-    let seconds = |part: &Value| part.as_f64().expect("seconds");
+    let seconds = |part: &Value| part.as_f64().expect("the field is a number of seconds");
     let elapsed = seconds(&stats["elapsed_seconds"]);
     let time = &stats["time"];
     let parts = ["source_wait", "scheduled", "decode", "consumer", "paused"];
@@ -255,7 +255,7 @@ fn check(stats: &Value) {
         assert!(stats[count].is_u64(), "{stats}");
     }
     let verdicts = ["consumer_bound", "source_bound", "runtime_bound", "mixed", "balanced"];
-    let verdict = stats["verdict"].as_str().expect("a verdict");
+    let verdict = stats["verdict"].as_str().expect("the verdict is a string");
     assert!(verdicts.contains(&verdict), "{stats}");
     assert!(stats["entity"].is_string(), "{stats}");
 }

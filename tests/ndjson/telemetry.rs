@@ -1,4 +1,4 @@
-//! Telemetry goes out when it is asked for, and only then.
+//! Telemetry is exported if an `OTEL_*` variable is set, and only then.
 
 use std::net::TcpListener;
 use std::process::Stdio;
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use backends::{Collector, wait_until};
 
-use crate::support::{Database, Running, SOON, next_line, text};
+use crate::support::{Database, Running, TIMEOUT, next_line, text};
 
 const VIEW: &str = "
     CREATE VIEW docs AS SELECT to_jsonb(i) AS data FROM generate_series(1, 300) i;
@@ -14,7 +14,7 @@ const VIEW: &str = "
         UNION ALL SELECT to_jsonb(1) FROM pg_sleep(600);";
 
 #[test]
-fn metrics_and_spans_arrive_also_when_a_signal_ends_it() {
+fn metrics_and_spans_are_exported_even_after_a_signal() {
     let collector = Collector::start().unwrap();
     let database = Database::new("telemetry_sent", VIEW);
     let endpoint = collector.http_endpoint();
@@ -28,17 +28,17 @@ fn metrics_and_spans_arrive_also_when_a_signal_ends_it() {
     let mut lines = running.stdout();
     next_line(&mut lines);
     running.signal("INT");
-    assert_eq!(running.end(SOON).code(), Some(130));
+    assert_eq!(running.wait(TIMEOUT).code(), Some(130));
 
-    // The collector takes a moment to write down what it was sent.
-    assert!(wait_until(SOON, || rows(&collector) >= 301.0), "{}", rows(&collector));
+    // The collector writes what it receives with a short delay.
+    assert!(wait_until(TIMEOUT, || rows(&collector) >= 301.0), "{}", rows(&collector));
     for name in ["SELECT docs", "SELECT one", "cancel"] {
         let arrived = || collector.spans().iter().any(|span| span.name == name);
-        assert!(wait_until(SOON, arrived), "{name}: {:?}", collector.spans());
+        assert!(wait_until(TIMEOUT, arrived), "{name}: {:?}", collector.spans());
     }
 }
 
-/// The rows of all runs.
+/// Returns the number of rows of all runs.
 fn rows(collector: &Collector) -> f64 {
     let metrics = collector.metrics().into_iter();
     metrics
@@ -49,10 +49,10 @@ fn rows(collector: &Collector) -> f64 {
 }
 
 #[test]
-fn without_a_variable_of_opentelemetry_nothing_is_set_up() {
-    let database = Database::new("telemetry_unasked", VIEW);
+fn nothing_is_set_up_without_an_otel_variable() {
+    let database = Database::new("telemetry_unset", VIEW);
     let mut command = database.ndjson(&["one"]);
-    // An empty variable is as good as none.
+    // An empty variable counts as unset.
     command.env("OTEL_EXPORTER_OTLP_ENDPOINT", "");
     let mut running = Running::start(command.stdout(Stdio::piped()));
     let mut lines = running.stdout();
@@ -65,8 +65,8 @@ fn without_a_variable_of_opentelemetry_nothing_is_set_up() {
 }
 
 #[test]
-fn a_collector_that_is_away_costs_a_line_and_nothing_else() {
-    let database = Database::new("telemetry_away", VIEW);
+fn unreachable_collector_costs_one_line_and_no_row() {
+    let database = Database::new("telemetry_unreachable", VIEW);
     let refused = {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         listener.local_addr().unwrap()

@@ -1,37 +1,37 @@
-//! What a collector received, out of the JSON lines that it writes, flattened to what tests ask for.
+//! Parses the JSON lines that a collector writes into flat records for tests.
 
 use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
-/// Attributes by name: an integer comes as a number, though OTLP's JSON writes it as text.
+/// Attributes by name. Integers are numbers here, although OTLP's JSON writes them as strings.
 type Attributes = BTreeMap<String, Value>;
 
 /// A span.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Span {
-    /// Its name.
+    /// The name.
     pub name: String,
-    /// The trace, in 32 hexadecimal digits.
+    /// The trace id, as 32 hexadecimal digits.
     pub trace_id: String,
-    /// Its own id, in 16 hexadecimal digits.
+    /// The span id, as 16 hexadecimal digits.
     pub span_id: String,
-    /// The span above it; empty for a root.
+    /// The span id of the parent; empty for a root span.
     pub parent_span_id: String,
     /// `internal`, `server`, `client`, `producer`, `consumer`, or `unspecified`.
     pub kind: &'static str,
-    /// When it began, in ns since 1970.
+    /// The start time, in ns since the Unix epoch.
     pub start_ns: u64,
-    /// When it ended, in ns since 1970.
+    /// The end time, in ns since the Unix epoch.
     pub end_ns: u64,
-    /// Its attributes.
+    /// The attributes.
     pub attributes: BTreeMap<String, Value>,
-    /// What happened in it.
+    /// The events.
     pub events: Vec<Event>,
     /// `unset`, `ok` or `error`.
     pub status_code: &'static str,
-    /// The words that go with an error.
+    /// The description of an error.
     pub status_message: String,
     /// The attributes of the resource.
     pub resource: BTreeMap<String, Value>,
@@ -43,11 +43,11 @@ pub struct Span {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Event {
-    /// Its name.
+    /// The name.
     pub name: String,
-    /// When, in ns since 1970.
+    /// The time, in ns since the Unix epoch.
     pub time_ns: u64,
-    /// Its attributes.
+    /// The attributes.
     pub attributes: BTreeMap<String, Value>,
 }
 
@@ -55,17 +55,17 @@ pub struct Event {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Log {
-    /// What it says: text, most of the time.
+    /// The body, usually a string.
     pub body: Value,
-    /// The severity's text, such as `INFO`.
+    /// The severity text, such as `INFO`.
     pub severity: String,
-    /// The name of the event, if it is one.
+    /// The event name; empty if the record is not an event.
     pub event_name: String,
-    /// The trace it belongs to; empty if none.
+    /// The trace id; empty if there is none.
     pub trace_id: String,
-    /// The span it belongs to; empty if none.
+    /// The span id; empty if there is none.
     pub span_id: String,
-    /// Its attributes.
+    /// The attributes.
     pub attributes: BTreeMap<String, Value>,
     /// The attributes of the resource.
     pub resource: BTreeMap<String, Value>,
@@ -73,23 +73,23 @@ pub struct Log {
     pub scope: String,
 }
 
-/// A metric, as one export had it.
+/// A metric of one export.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Metric {
-    /// Its name.
+    /// The name.
     pub name: String,
-    /// Its unit.
+    /// The unit.
     pub unit: String,
-    /// Its description.
+    /// The description.
     pub description: String,
     /// `histogram`, `exponential_histogram`, `sum`, `gauge`, or `unknown`.
     pub kind: &'static str,
-    /// Can a sum only grow? An up-down counter's cannot.
+    /// Whether the metric is a monotonic sum; `false` for an up-down counter.
     pub monotonic: bool,
     /// `cumulative`, `delta`, or `unspecified` (a gauge has none).
     pub temporality: &'static str,
-    /// One for each set of attributes.
+    /// The data points, one per set of attributes.
     pub points: Vec<Point>,
     /// The attributes of the resource.
     pub resource: BTreeMap<String, Value>,
@@ -97,15 +97,15 @@ pub struct Metric {
     pub scope: String,
 }
 
-/// One value of a metric; a histogram has `count`, `sum`, `bounds` and `bucket_counts`, all others have `value`.
+/// A data point of a metric. A histogram has `count`, `sum`, `bounds` and `bucket_counts`; all others have `value`.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Point {
-    /// Its attributes.
+    /// The attributes.
     pub attributes: BTreeMap<String, Value>,
-    /// Since when a sum or histogram counts, in ns since 1970.
+    /// The start time of a sum or histogram, in ns since the Unix epoch.
     pub start_ns: u64,
-    /// When it was read, in ns since 1970.
+    /// The time of collection, in ns since the Unix epoch.
     pub time_ns: u64,
     /// The value of a sum or gauge.
     pub value: Option<f64>,
@@ -113,14 +113,14 @@ pub struct Point {
     pub count: u64,
     /// The sum of the measurements in a histogram.
     pub sum: f64,
-    /// The histogram's boundaries.
+    /// The bucket boundaries of a histogram.
     pub bounds: Vec<f64>,
-    /// The counts between them: one more than boundaries.
+    /// The bucket counts of a histogram, one more than `bounds`.
     pub bucket_counts: Vec<u64>,
 }
 
 impl Metric {
-    /// The point whose attributes include all of these texts, given as name and value.
+    /// Returns the first point whose attributes include all of these names and string values.
     pub fn point(&self, attributes: &[(&str, &str)]) -> Option<&Point> {
         let has = |point: &Point, name: &str, value: &str| {
             point.attributes.get(name).is_some_and(|found| found == value)
@@ -135,12 +135,15 @@ pub(super) fn spans(lines: &str) -> Vec<Span> {
         trace_id: text(&span["traceId"]),
         span_id: text(&span["spanId"]),
         parent_span_id: text(&span["parentSpanId"]),
-        kind: word(&span["kind"], &["unspecified", "internal", "server", "client", "producer", "consumer"]),
+        kind: variant(
+            &span["kind"],
+            &["unspecified", "internal", "server", "client", "producer", "consumer"],
+        ),
         start_ns: integer(&span["startTimeUnixNano"]),
         end_ns: integer(&span["endTimeUnixNano"]),
         attributes: attributes(&span["attributes"]),
         events: list(&span["events"]).iter().map(event).collect(),
-        status_code: word(&span["status"]["code"], &["unset", "ok", "error"]),
+        status_code: variant(&span["status"]["code"], &["unset", "ok", "error"]),
         status_message: text(&span["status"]["message"]),
         resource,
         scope,
@@ -185,7 +188,7 @@ pub(super) fn metrics(lines: &str) -> Vec<Metric> {
             description: text(&metric["description"]),
             kind,
             monotonic: data["isMonotonic"].as_bool().unwrap_or_default(),
-            temporality: word(&data["aggregationTemporality"], &["unspecified", "delta", "cumulative"]),
+            temporality: variant(&data["aggregationTemporality"], &["unspecified", "delta", "cumulative"]),
             points: list(&data["dataPoints"]).iter().map(point).collect(),
             resource,
             scope,
@@ -206,20 +209,20 @@ fn point(point: &Value) -> Point {
     }
 }
 
-/// Calls `make` for every record, with its resource and scope. A last line that is still being written is left out.
+/// Calls `make` for every record, with its resource and scope. Skips a last line that is still being written.
 fn each<T>(
     lines: &str,
     [resources, scopes, records]: [&str; 3],
     make: impl Fn(&Value, Attributes, String) -> T,
 ) -> Vec<T> {
-    let whole = lines.rsplit_once('\n').map_or("", |(whole, _)| whole);
-    let batches: Vec<Value> = whole.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let complete = lines.rsplit_once('\n').map_or("", |(complete, _)| complete);
+    let batches: Vec<Value> = complete.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let mut found = Vec::new();
     for resource in batches.iter().flat_map(|batch| list(&batch[resources])) {
-        let of = attributes(&resource["resource"]["attributes"]);
+        let resource_attributes = attributes(&resource["resource"]["attributes"]);
         for scope in list(&resource[scopes]) {
             let name = text(&scope["scope"]["name"]);
-            let record = |record| make(record, of.clone(), name.clone());
+            let record = |record| make(record, resource_attributes.clone(), name.clone());
             found.extend(list(&scope[records]).iter().map(record));
         }
     }
@@ -234,13 +237,13 @@ fn text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }
 
-/// The word for an enumeration's number; a number that is left out is 0.
-fn word(value: &Value, words: &[&'static str]) -> &'static str {
+/// Returns the name of an enum value. A missing number is 0.
+fn variant(value: &Value, names: &[&'static str]) -> &'static str {
     let index = usize::try_from(integer(value)).unwrap_or_default();
-    words.get(index).copied().unwrap_or("unknown")
+    names.get(index).copied().unwrap_or("unknown")
 }
 
-/// OTLP's JSON writes 64-bit integers as text.
+/// Parses an integer, which OTLP's JSON writes as a string if it has 64 bits.
 fn integer(value: &Value) -> u64 {
     value.as_u64().or_else(|| value.as_str()?.parse().ok()).unwrap_or_default()
 }
@@ -257,7 +260,7 @@ fn pairs(pairs: &Value) -> impl Iterator<Item = (String, Value)> {
     list(pairs).iter().map(|pair| (text(&pair["key"]), any_value(&pair["value"])))
 }
 
-/// An OTLP value (`{"intValue": "3"}`) as plain JSON (`3`).
+/// Converts an OTLP value (`{"intValue": "3"}`) to plain JSON (`3`).
 fn any_value(value: &Value) -> Value {
     let Some((kind, value)) = value.as_object().and_then(|object| object.iter().next()) else {
         return Value::Null;
@@ -278,7 +281,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_value_comes_as_plain_json() {
+    fn value_is_converted_to_plain_json() {
         let value = serde_json::json!({"kvlistValue": {"values": [
             {"key": "n", "value": {"intValue": "-3"}},
             {"key": "list", "value": {"arrayValue": {"values": [{"boolValue": true}, {"doubleValue": 0.5}, {}]}}},
@@ -287,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_is_still_being_written_is_left_out() {
+    fn line_that_is_still_being_written_is_skipped() {
         let line = r#"{"resourceLogs":[{"scopeLogs":[{"logRecords":[{"body":{"stringValue":"one"}}]}]}]}"#;
         assert_eq!(logs(&format!("{line}\n{line}")).len(), 1);
         assert_eq!(logs(&format!("{line}\n{line}\n")).len(), 2);

