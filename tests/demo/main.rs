@@ -23,7 +23,9 @@ fn piped_run_prints_three_verdicts_and_the_recorded_histograms() {
         let line = verdicts.lines().find(|line| line.split_whitespace().next() == Some(entity));
         line.and_then(|line| line.split_whitespace().nth(1)).unwrap_or_default()
     };
-    assert!(["source-bound", "balanced"].contains(&verdict("orders")), "{}", end.stdout);
+    // On a busy machine the runtime may be late, but the fast consumer is never what sets the pace.
+    let of_a_fast_consumer = ["source-bound", "balanced", "mixed", "runtime-bound"];
+    assert!(of_a_fast_consumer.contains(&verdict("orders")), "{}", end.stdout);
     assert_eq!(verdict("orders_slow_sink"), "consumer-bound", "{}", end.stdout);
     assert_eq!(verdict("orders_slow_view"), "source-bound", "{}", end.stdout);
     assert!(end.stdout.contains("fraiseql_channel_occupancy_rows"));
