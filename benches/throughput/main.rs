@@ -31,9 +31,8 @@ use clap::Parser as _;
 
 use child::{Job, Outcome, Runtime};
 use mode::Mode;
-use plan::{Case, Kind, Parts};
+use plan::{Case, FIRST_ROW, Kind, Parts};
 use report::Runs;
-use server::FIRST_ROW;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 

@@ -3,7 +3,6 @@
 use serde::{Deserialize, Serialize};
 
 use crate::mode::Mode;
-use crate::server::{FIRST_ROW, SIZES, Size, scaled};
 
 /// Rows per query, streams at once, and queries of all streams together. A run takes at least half a second of CPU time,
 /// which is the case on a busy machine, where sleeping costs least.
@@ -17,6 +16,43 @@ const LONG_QUERIES: u64 = 64;
 /// Rows larger than the send buffer of Postgres (8 KB), so that each is sent at once; a stream of them takes 10 s.
 const SLOW: Size = Size { row_bytes: 9 * 1024, rows: 100 };
 const SLOW_STREAMS: usize = 80;
+
+/// A row size, and the number of rows for a run of at least a third of a second.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Size {
+    pub(crate) row_bytes: usize,
+    pub(crate) rows: u64,
+}
+
+const SIZES: [Size; 3] = [
+    Size { row_bytes: 134, rows: 500_000 },
+    Size { row_bytes: 1024, rows: 100_000 },
+    Size { row_bytes: 20 * 1024, rows: 10_000 },
+];
+
+/// The table for the time to the first row. It has more of the largest rows than the kernel buffers hold, but few enough
+/// to be read to the end.
+pub(crate) const FIRST_ROW: Size = Size { row_bytes: 20 * 1024, rows: 600 };
+
+impl Size {
+    fn scaled(self, by: f64) -> Self {
+        Self { rows: scaled(self.rows, by), ..self }
+    }
+
+    pub(crate) fn table(self) -> String {
+        format!("orders_{}b_{}", self.row_bytes, self.rows)
+    }
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_precision_loss,
+    reason = "numbers of rows and queries are small"
+)]
+fn scaled(number: u64, by: f64) -> u64 {
+    (number as f64 * by).ceil().max(1.0) as u64
+}
 
 /// The parts of the benchmark. All of them run unless some are selected.
 #[derive(Debug, clap::Args)]

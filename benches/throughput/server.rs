@@ -6,45 +6,8 @@ use backends::Postgres;
 use bytes::Bytes;
 use futures_util::SinkExt as _;
 
-use crate::plan::{Case, Kind};
+use crate::plan::{Case, Kind, Size};
 use crate::{Failure, document};
-
-/// A row size, and the number of rows for a run of at least a third of a second.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Size {
-    pub(crate) row_bytes: usize,
-    pub(crate) rows: u64,
-}
-
-pub(crate) const SIZES: [Size; 3] = [
-    Size { row_bytes: 134, rows: 500_000 },
-    Size { row_bytes: 1024, rows: 100_000 },
-    Size { row_bytes: 20 * 1024, rows: 10_000 },
-];
-
-/// The table for the time to the first row. It has more of the largest rows than the kernel buffers hold, but few enough
-/// to be read to the end.
-pub(crate) const FIRST_ROW: Size = Size { row_bytes: 20 * 1024, rows: 600 };
-
-impl Size {
-    pub(crate) fn scaled(self, by: f64) -> Self {
-        Self { rows: scaled(self.rows, by), ..self }
-    }
-
-    pub(crate) fn table(self) -> String {
-        format!("orders_{}b_{}", self.row_bytes, self.rows)
-    }
-}
-
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    clippy::cast_precision_loss,
-    reason = "numbers of rows and queries are small"
-)]
-pub(crate) fn scaled(number: u64, by: f64) -> u64 {
-    (number as f64 * by).ceil().max(1.0) as u64
-}
 
 /// Starts a server that does no background work during the measurements.
 pub(crate) fn start() -> Result<Postgres, Failure> {
