@@ -49,8 +49,9 @@
 //! | `otlp` | [`otlp::init`]: metrics, traces and logs by OTLP (http/protobuf), set up by the `OTEL_*` variables |
 //! | `otlp-grpc` | the same by gRPC, where `OTEL_EXPORTER_OTLP_PROTOCOL=grpc` |
 //!
-//! Without features the crate needs the OpenTelemetry API and `tracing` only. A service that has providers
-//! of its own sets them before it connects, or passes [`Instruments`].
+//! Without features the crate depends on the OpenTelemetry API and `tracing` only. A service with providers of its own
+//! sets them before it connects, or passes [`Instruments`]; its spans need a layer of tracing-opentelemetry, as
+//! [described there](Instruments#spans).
 
 mod channel;
 mod chunk;
@@ -80,6 +81,8 @@ mod watchdog;
 pub use connection::{Builder, Connection, Hold, StreamError};
 pub use decode::{FromJson, RawJson};
 pub use error::{Error, ErrorKind, Result};
+/// The OpenTelemetry API of the providers that [`Instruments`] accepts.
+pub use opentelemetry;
 pub use query::Query;
 pub use stats::{Observer, ProducerTime, Shares, Stats, StreamTime, Verdict};
 pub use stream::JsonStream;

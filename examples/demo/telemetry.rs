@@ -1,4 +1,4 @@
-//! Where the telemetry goes: to what the `OTEL_*` variables name, if there are any.
+//! Exports telemetry to the collector named by the `OTEL_*` variables, if any is set.
 
 use fraiseql_stream::otlp::{self, Guard};
 
@@ -16,14 +16,7 @@ pub(crate) struct Telemetry(Option<Guard>);
 
 impl Telemetry {
     pub(crate) fn start() -> Result<Self, otlp::InitError> {
-        let wanted = std::env::vars_os()
-            .any(|(name, value)| name.to_string_lossy().starts_with("OTEL_") && !value.is_empty());
-        if wanted {
-            return Ok(Self(Some(otlp::init()?)));
-        }
-        let warnings = tracing_subscriber::fmt().with_max_level(tracing::Level::WARN);
-        warnings.with_writer(std::io::stderr).with_target(false).with_ansi(false).without_time().init();
-        Ok(Self(None))
+        otlp::init_if_configured().map(Self)
     }
 
     pub(crate) fn is_exported(&self) -> bool {

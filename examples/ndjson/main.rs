@@ -127,7 +127,7 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn new(args: &'a Args) -> io::Result<Self> {
         let mut errors = Sink::new(io::stderr())?;
-        let telemetry = telemetry().unwrap_or_else(|error| {
+        let telemetry = otlp::init_if_configured().unwrap_or_else(|error| {
             errors.line(format!("ndjson: no telemetry: {error}").as_bytes());
             None
         });
@@ -184,18 +184,6 @@ impl<'a> Run<'a> {
             let _ = telemetry.shutdown().await;
         }
     }
-}
-
-/// Telemetry is for those who ask for it: by any of the standard variables. Warnings are for all.
-fn telemetry() -> Result<Option<otlp::Guard>, otlp::InitError> {
-    let asked = std::env::vars_os()
-        .any(|(name, value)| name.as_encoded_bytes().starts_with(b"OTEL_") && !value.is_empty());
-    if asked {
-        return otlp::init().map(Some);
-    }
-    let warnings = tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_writer(io::stderr);
-    warnings.with_target(false).with_ansi(false).without_time().init();
-    Ok(None)
 }
 
 /// Writes rows: many at once while they come fast, none later than it must.
