@@ -49,8 +49,9 @@
 //! | `otlp` | [`otlp::init`]: metrics, traces and logs by OTLP (http/protobuf), set up by the `OTEL_*` variables |
 //! | `otlp-grpc` | the same by gRPC, where `OTEL_EXPORTER_OTLP_PROTOCOL=grpc` |
 //!
-//! Without features the crate needs the OpenTelemetry API and `tracing` only. A service that has providers
-//! of its own sets them before it connects, or passes [`Instruments`].
+//! Without features the crate depends on the OpenTelemetry API and `tracing` only. A service with providers of its own
+//! sets them before it connects, or passes [`Instruments`]; its spans need a layer of tracing-opentelemetry, as
+//! [described there](Instruments#spans).
 
 mod channel;
 mod connection;
@@ -65,6 +66,8 @@ mod telemetry;
 pub use channel::{Observer, ProducerTime, Shares, Stats, StreamTime, Verdict};
 pub use connection::{Connection, ConnectionBuilder, Hold, IntoConfig, StreamError};
 pub use error::{Error, ErrorKind, Result};
+/// The OpenTelemetry API of the providers that [`Instruments`] accepts.
+pub use opentelemetry;
 pub use stream::{FromJson, JsonStream, Query, RawJson};
 pub use telemetry::{Instruments, PollSpans};
 pub use tokio_postgres;

@@ -16,14 +16,7 @@ pub(crate) struct Telemetry(Option<Guard>);
 
 impl Telemetry {
     pub(crate) fn start() -> Result<Self, otlp::InitError> {
-        let is_requested = std::env::vars_os()
-            .any(|(name, value)| name.to_string_lossy().starts_with("OTEL_") && !value.is_empty());
-        if is_requested {
-            return Ok(Self(Some(otlp::init()?)));
-        }
-        let warnings = tracing_subscriber::fmt().with_max_level(tracing::Level::WARN);
-        warnings.with_writer(std::io::stderr).with_target(false).with_ansi(false).without_time().init();
-        Ok(Self(None))
+        otlp::init_if_configured().map(Self)
     }
 
     pub(crate) fn is_exported(&self) -> bool {

@@ -128,7 +128,7 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn new(args: &'a Args) -> io::Result<Self> {
         let mut errors = Sink::new(io::stderr())?;
-        let telemetry = telemetry().unwrap_or_else(|error| {
+        let telemetry = otlp::init_if_configured().unwrap_or_else(|error| {
             errors
                 .line(format!("ndjson: cannot set up telemetry: {error}; continuing without it").as_bytes());
             None
@@ -186,18 +186,6 @@ impl<'a> Run<'a> {
             let _ = telemetry.shutdown().await;
         }
     }
-}
-
-/// Sets up OTLP export if any `OTEL_*` variable is set. Otherwise, only warnings go to standard error.
-fn telemetry() -> Result<Option<otlp::Guard>, otlp::InitError> {
-    let is_requested = std::env::vars_os()
-        .any(|(name, value)| name.as_encoded_bytes().starts_with(b"OTEL_") && !value.is_empty());
-    if is_requested {
-        return otlp::init().map(Some);
-    }
-    let warnings = tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_writer(io::stderr);
-    warnings.with_target(false).with_ansi(false).without_time().init();
-    Ok(None)
 }
 
 /// Copies rows to `output`: in large writes while rows arrive fast, without delay when they arrive slowly.

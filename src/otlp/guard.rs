@@ -1,27 +1,40 @@
-//! The guard: owns the providers, and flushes all of them within one deadline.
+//! The guard, which owns the providers and flushes all of them within one deadline.
 
-use std::fmt;
+use std::io;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use opentelemetry_sdk::error::OTelSdkResult;
+use opentelemetry::metrics::{MeterProvider, NoopMeterProvider};
+use opentelemetry_sdk::error::{OTelSdkError, OTelSdkResult};
 
+use super::error::{ShutdownError, ShutdownErrorKind};
 use super::providers::Providers;
 use super::report::{Health, unreachable};
 use crate::telemetry::spans_are_open;
 
-/// Each signal and where it goes.
+/// Each signal and the place it is exported to.
 pub(super) type Places = Vec<(&'static str, String)>;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Keeps telemetry going, and flushes it at the end.
+/// Owns the providers: telemetry is exported while it lives, and flushed at its end.
 ///
-/// Keep it until all streams are gone, then call [`shutdown`](Self::shutdown). Dropping it flushes as well,
-/// but blocks the thread meanwhile, up to its timeout, and loses the span of a stream that was dropped just
-/// before and whose query is still being cancelled.
+/// Keep it until all streams have ended, then call [`shutdown`](Self::shutdown). Dropping the guard also flushes, but
+/// blocks the thread for up to the timeout, and loses the span of a stream that was dropped just before and whose query
+/// is still being cancelled.
+///
+/// # Examples
+///
+/// ```no_run
+/// # async fn example() -> Result<(), fraiseql_stream::otlp::InitError> {
+/// let telemetry = fraiseql_stream::otlp::init()?;
+/// // connect, stream
+/// telemetry.shutdown().await.ok(); // what could not be delivered is in the log
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
-#[must_use = "dropped at once, it ends telemetry at once: keep it as long as the service runs"]
+#[must_use = "dropping the guard ends telemetry: keep it as long as the service runs"]
 pub struct Guard {
     providers: Option<Providers>,
     health: Arc<Health>,
@@ -34,7 +47,10 @@ impl Guard {
         Self { providers: Some(providers), health, places, timeout: TIMEOUT }
     }
 
-    /// How long a shutdown may take. Defaults to 5 s, which is also what the SDK gives traces and logs at most.
+    /// Limits how long a shutdown or drop may take. Defaults to 5 s, which is also the SDK's own limit for traces and
+    /// logs; a timeout of more than a day counts as a day.
+    ///
+    /// # Examples
     ///
     /// ```no_run
     /// # fn main() -> Result<(), fraiseql_stream::otlp::InitError> {
@@ -43,49 +59,73 @@ impl Guard {
     /// # }
     /// ```
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
-        // A day is for ever, and can be added to any moment.
+        // The deadline must be representable as an `Instant`.
         self.timeout = timeout.min(Duration::from_secs(24 * 60 * 60));
         self
+    }
+
+    /// Returns the meter provider, for metrics of your own or for [`Instruments::new`](crate::Instruments::new). It
+    /// records nothing if metrics are not exported.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use fraiseql_stream::{Instruments, otlp};
+    ///
+    /// # fn main() -> Result<(), otlp::InitError> {
+    /// let telemetry = otlp::build_providers()?;
+    /// let instruments = Instruments::new(&*telemetry.meter_provider());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn meter_provider(&self) -> Arc<dyn MeterProvider + Send + Sync> {
+        match self.providers().and_then(|providers| providers.meter.as_ref()) {
+            Some(meter) => Arc::new(meter.clone()),
+            None => Arc::new(NoopMeterProvider::new()),
+        }
     }
 
     pub(super) fn providers(&self) -> Option<&Providers> {
         self.providers.as_ref()
     }
 
-    /// Flushes traces, metrics and logs, and ends them. Returns within the timeout, whatever the collector
-    /// does; works on every runtime, also on a current-thread one, and blocks none.
+    /// Flushes traces, metrics and logs, and shuts the providers down. Returns within the timeout, whatever the
+    /// collector does. Works on every runtime, also on a current-thread one, and never blocks its threads.
     ///
     /// # Errors
     ///
-    /// If something was not delivered. It is in the log as well, so a program may ignore the error.
+    /// Fails if something was not delivered. The failure is also logged, so the error may be ignored.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future leaves the flush to end by itself.
+    /// If the future is dropped after its first poll, the flush continues on its own thread.
+    ///
+    /// # Examples
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), fraiseql_stream::otlp::InitError> {
     /// let telemetry = fraiseql_stream::otlp::init()?;
-    /// // ... streams ...
-    /// telemetry.shutdown().await.ok(); // what was lost is in the log
+    /// // connect, stream
+    /// telemetry.shutdown().await.ok(); // what could not be delivered is in the log
     /// # Ok(())
     /// # }
     /// ```
     pub async fn shutdown(mut self) -> Result<(), ShutdownError> {
         let start = Instant::now();
-        let (patience, deadline) = (start + self.timeout / 4, start + self.timeout);
+        let (spans_deadline, deadline) = (start + self.timeout / 4, start + self.timeout);
         let (done, end) = tokio::sync::oneshot::channel();
         let Some(flush) = self.take() else { return Ok(()) };
-        spawn("fraiseql-otlp-shutdown", move || {
-            // A stream dropped just before still has its span open until its query is cancelled. Not by a timer
-            // of the runtime: it may have none.
-            while spans_are_open() && Instant::now() < patience {
+        let flushing = spawn("fraiseql-otlp-shutdown", move || {
+            // The span of a stream dropped just before stays open until its query is cancelled. This sleeps because
+            // the runtime may have no timer.
+            while spans_are_open() && Instant::now() < spans_deadline {
                 std::thread::sleep(Duration::from_millis(1));
             }
-            // Nobody waits any more if the future was dropped.
+            // The receiver is closed if the future was dropped.
             let _ = done.send(flush.run(deadline));
         });
-        end.await.unwrap_or_else(|_| Err(ShutdownError::new("no thread could be started to flush telemetry")))
+        flushing.map_err(ShutdownError::no_thread)?;
+        end.await.unwrap_or_else(|_| Err(ShutdownError::panicked()))
     }
 
     fn take(&mut self) -> Option<Flush> {
@@ -102,7 +142,7 @@ impl Guard {
 impl Drop for Guard {
     fn drop(&mut self) {
         if let Some(flush) = self.take() {
-            // What was lost is in the log.
+            // The failure is in the log.
             let _ = flush.run(Instant::now() + self.timeout);
         }
     }
@@ -118,8 +158,10 @@ struct Flush {
 }
 
 impl Flush {
-    /// Blocks for at most the timeout. Each signal has a thread of its own: some of the SDK's calls know no
-    /// timeout, and one that hangs must not take the others with it.
+    /// Flushes and shuts down all signals; blocks until the deadline at most.
+    ///
+    /// Each signal has its own thread: some calls of the SDK have no timeout, and one that hangs must not hold up the
+    /// others.
     fn run(mut self, deadline: Instant) -> Result<(), ShutdownError> {
         let (sent, results) = mpsc::channel();
         let mut pending = Vec::new();
@@ -127,8 +169,9 @@ impl Flush {
             let sent = sent.clone();
             pending.push(signal);
             // The receiver is gone only when the deadline has passed.
-            let tell = move |result| drop(sent.send((signal, result)));
-            spawn("fraiseql-otlp-flush", move || end(flush, shutdown, tell));
+            let report = move |result| drop(sent.send((signal, result)));
+            // Without a thread, the deadline ends the wait.
+            let _ = spawn("fraiseql-otlp-flush", move || end(flush, shutdown, report));
         };
         if let Some(tracer) = self.providers.tracer.take() {
             let flushed = tracer.clone();
@@ -149,91 +192,69 @@ impl Flush {
                 break;
             };
             pending.retain(|other| *other != signal);
-            if result.is_err() {
-                lost.push(signal);
+            if let Err(error) = result {
+                lost.push((signal, error));
             }
         }
-        self.conclude(&lost, &pending, deadline)
+        self.conclude(lost, &pending, deadline)
     }
 
     fn conclude(
         &self,
-        lost: &[&'static str],
+        lost: Vec<(&'static str, OTelSdkError)>,
         late: &[&'static str],
         deadline: Instant,
     ) -> Result<(), ShutdownError> {
-        let signals = [lost, late].concat();
+        let signals: Vec<_> = lost.iter().map(|(signal, _)| *signal).chain(late.iter().copied()).collect();
         let missed = self.places.iter().filter(|(signal, _)| signals.contains(signal));
         let mut places: Vec<_> = missed.map(|(_, place)| place.as_str()).collect();
         places.dedup();
         let Some(place) = places.first() else { return Ok(()) };
-        let why = if late.is_empty() {
-            reason(place, deadline).unwrap_or_else(|| "the collector did not take them".to_owned())
-        } else {
-            format!("no answer within {:.1} s", self.timeout.as_secs_f64())
+        let (kind, why, source) = match lost.into_iter().next() {
+            Some((_, error)) if late.is_empty() => {
+                let why = reason(place, deadline).unwrap_or_else(|| error.to_string());
+                (ShutdownErrorKind::Export, why, Some(error))
+            }
+            _ => {
+                let why = format!("no answer within {:.1} s", self.timeout.as_secs_f64());
+                (ShutdownErrorKind::Timeout, why, None)
+            }
         };
-        let error = ShutdownError::new(format!(
-            "the last {} were not delivered to {}: {why}",
-            signals.join(", "),
-            places.join(", ")
-        ));
-        if self.health.is_news(&signals) {
+        let (signals_text, places) = (signals.join(", "), places.join(", "));
+        let message = format!("the last {signals_text} were not delivered to {places}: {why}");
+        let error = ShutdownError::new(kind, message, source);
+        if self.health.is_first_failure(&signals) {
             tracing::warn!("{error}");
         }
         Err(error)
     }
 }
 
-/// Flushing first: a shutdown alone reports success even when its last export failed.
-fn end(flush: Work, shutdown: Work, tell: impl FnOnce(OTelSdkResult)) {
+/// Flushes, then shuts down: a shutdown alone reports success even if its last export failed.
+fn end(flush: Work, shutdown: Work, report: impl FnOnce(OTelSdkResult)) {
     match flush() {
-        Ok(()) => tell(shutdown()),
+        Ok(()) => report(shutdown()),
         Err(error) => {
-            tell(Err(error));
-            // A global provider is never dropped: its thread would go on. What is lost has been told.
+            report(Err(error));
+            // Without it, the thread of a global provider, which is never dropped, would go on. The failure has
+            // been reported.
             let _ = shutdown();
         }
     }
 }
 
-/// Why a place can't be reached, if that is found out before the deadline: a name may take long to resolve.
+/// Returns why a place cannot be reached, unless finding out takes longer than the deadline, as resolving a name may.
 fn reason(place: &str, deadline: Instant) -> Option<String> {
     let (found, reason) = mpsc::channel();
     let place = place.to_owned();
-    spawn("fraiseql-otlp-reason", move || {
-        // Too late if nobody waits.
+    let search = spawn("fraiseql-otlp-reason", move || {
+        // The receiver is gone after the deadline.
         let _ = found.send(unreachable(&place));
     });
+    search.ok()?;
     reason.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok().flatten()
 }
 
-fn spawn(name: &str, work: impl FnOnce() + Send + 'static) {
-    // Without a thread the channel closes, and the waiting side says so.
-    let _ = std::thread::Builder::new().name(name.to_owned()).spawn(work);
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(work).map(drop)
 }
-
-/// Telemetry that could not be delivered at the end.
-///
-/// ```no_run
-/// # async fn example(telemetry: fraiseql_stream::otlp::Guard) {
-/// if let Err(error) = telemetry.shutdown().await {
-///     eprintln!("{error}"); // the last traces, metrics were not delivered to http://localhost:4318: ...
-/// }
-/// # }
-/// ```
-#[derive(Debug)]
-pub struct ShutdownError(String);
-
-impl ShutdownError {
-    fn new(message: impl Into<String>) -> Self {
-        Self(message.into())
-    }
-}
-
-impl fmt::Display for ShutdownError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for ShutdownError {}

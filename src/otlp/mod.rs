@@ -1,125 +1,260 @@
-//! Telemetry by OTLP, set up by the standard `OTEL_*` variables alone.
+//! Exports metrics, traces and logs by OTLP, configured by the standard `OTEL_*` variables alone.
 //!
 //! ```no_run
 //! #[tokio::main]
 //! async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //!     let telemetry = fraiseql_stream::otlp::init()?;
-//!     // ... connect, stream ...
-//!     let _ = telemetry.shutdown().await; // what could not be delivered is in the log
+//!     // connect, stream
+//!     telemetry.shutdown().await.ok(); // what could not be delivered is in the log
 //!     Ok(())
 //! }
 //! ```
+//!
+//! Choose the function by what your service has already:
+//!
+//! | function | global providers | `tracing` subscriber |
+//! |---|---|---|
+//! | [`init`] | sets them | installs one |
+//! | [`init_if_configured`] | sets them if any `OTEL_*` variable is set | installs one |
+//! | [`set_global_providers`] | sets them | yours: add [`Guard::layer`] |
+//! | [`build_providers`] | yours: pass [`Guard::meter_provider`] to [`Instruments`] | yours: add [`Guard::layer`] |
+//!
+//! A service that has providers of its own needs none of these; see [`Instruments`].
+//!
+//! # Variables
 //!
 //! | variable | meaning, default |
 //! |---|---|
 //! | `OTEL_EXPORTER_OTLP_ENDPOINT` | the collector, `http://localhost:4318` (gRPC: `:4317`) |
 //! | `OTEL_EXPORTER_OTLP_PROTOCOL` | `http/protobuf`, or `grpc` with the feature `otlp-grpc` |
-//! | `OTEL_EXPORTER_OTLP_TIMEOUT` | milliseconds of one export, 10000; `OTEL_BSP_EXPORT_TIMEOUT`, `OTEL_BLRP_EXPORT_TIMEOUT` and `OTEL_METRIC_EXPORT_TIMEOUT` bound it, 30000 |
+//! | `OTEL_EXPORTER_OTLP_TIMEOUT` | limit of one export in milliseconds, 10000; at most `OTEL_BSP_EXPORT_TIMEOUT`, `OTEL_BLRP_EXPORT_TIMEOUT` or `OTEL_METRIC_EXPORT_TIMEOUT`, 30000 |
 //! | `OTEL_EXPORTER_OTLP_HEADERS`, `_COMPRESSION` | `key=value,...`; `gzip` or `none` |
-//! | `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES` | who you are |
+//! | `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES` | name and attributes of the service |
 //! | `OTEL_TRACES_EXPORTER`, `OTEL_METRICS_EXPORTER`, `OTEL_LOGS_EXPORTER` | `otlp`, `console`, `none` |
 //! | `OTEL_TRACES_SAMPLER`, `OTEL_TRACES_SAMPLER_ARG` | `parentbased_always_on` |
 //! | `OTEL_BSP_SCHEDULE_DELAY`, `_MAX_QUEUE_SIZE`, `_MAX_EXPORT_BATCH_SIZE` | 5000 ms, 2048, 512; for logs `OTEL_BLRP_*` with 1000 ms |
 //! | `OTEL_METRIC_EXPORT_INTERVAL` | 60000 ms |
-//! | `OTEL_SDK_DISABLED` | `true`: nothing is recorded or sent |
+//! | `OTEL_SDK_DISABLED` | `true`: nothing is recorded or exported |
 //!
 //! `OTEL_EXPORTER_OTLP_{TRACES,METRICS,LOGS}_*` variants of endpoint, protocol, timeout, headers and
-//! compression go before the general ones. A value that makes no sense is warned of once, and the default is used.
+//! compression take precedence over the general ones. An invalid value is replaced by the default with one warning.
+//! Warnings about variables are logged, or written to standard error while no subscriber accepts them.
 //!
-//! Spans are recorded at level `info`. If a dependency limits `tracing` to less at compile time, by one of its
-//! features `max_level_*` or `release_max_level_*`, there are none, and a warning says so. Turn that feature off
-//! where it is enabled; `release_max_level_*` can also be undone in your `Cargo.toml`:
+//! # Compile-time levels of `tracing`
+//!
+//! Spans are recorded at level `info`. If a dependency disables that level at compile time, by one of the `tracing`
+//! features `max_level_*` or `release_max_level_*`, no spans are exported, and a warning says so. Disable that feature
+//! where it is enabled; `release_max_level_*` can also be overridden in your `Cargo.toml`:
 //!
 //! ```toml
 //! [profile.release.package.tracing]
 //! debug-assertions = true
 //! ```
 //!
-//! A failing collector costs telemetry and one line in the log, never a row.
+//! # Failures
+//!
+//! If the collector is unreachable, telemetry is lost and one line is logged; rows are not affected.
 
 mod env;
+mod error;
 mod guard;
+mod layer;
 mod providers;
 mod report;
+mod settings;
 
-use std::fmt;
+use std::ffi::OsString;
 use std::io::Write as _;
 use std::sync::Arc;
 
-use opentelemetry::trace::TracerProvider;
-use opentelemetry::{InstrumentationScope, global};
-use opentelemetry_appender_tracing::layer::OpenTelemetryTracingBridge;
+use opentelemetry::global;
 use tracing::level_filters::{LevelFilter, STATIC_MAX_LEVEL};
-use tracing::{Level, Metadata, Subscriber};
+use tracing::{Level, Subscriber};
 use tracing_subscriber::filter::FilterFn;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use crate::telemetry::{FIRST_ROW, Instruments, SCOPE};
-pub use guard::{Guard, ShutdownError};
+pub use error::{InitError, InitErrorKind, ShutdownError, ShutdownErrorKind};
+pub use guard::Guard;
 
-use self::env::{Settings, Signal};
 use self::providers::Providers;
 use self::report::Health;
+use self::settings::{Settings, Signal};
+use crate::telemetry::Instruments;
 
-/// Sets up metrics, traces and logs from the environment: the global meter and tracer providers, and a
-/// `tracing` subscriber that exports spans and logs and prints warnings on standard error.
+/// Sets up metrics, traces and logs from the environment: sets the global meter and tracer providers, and installs a
+/// `tracing` subscriber that exports spans and logs and prints warnings to standard error.
 ///
-/// If the service has a subscriber already, that one stays, with a warning; use [`providers`] and add
-/// [`Guard::layer`] to it. Call this before the first connection is made.
+/// Call it before the first connection is made. If a subscriber is already installed, it stays, spans and logs are not
+/// exported, and a warning says so: use [`set_global_providers`] and add [`Guard::layer`] to your subscriber.
 ///
 /// # Errors
 ///
-/// Only when an exporter can't be made at all. Values that make no sense are warned of, and a collector
-/// that is away is no error.
+/// Fails if an exporter cannot be created. An invalid value or an unreachable collector is logged and is not an error.
+///
+/// # Examples
+///
+/// ```no_run
+/// # async fn example() -> Result<(), fraiseql_stream::otlp::InitError> {
+/// let telemetry = fraiseql_stream::otlp::init()?;
+/// // connect, stream
+/// telemetry.shutdown().await.ok(); // what could not be delivered is in the log
+/// # Ok(())
+/// # }
+/// ```
 pub fn init() -> Result<Guard, InitError> {
     let (guard, warnings) = start()?;
-    let to_stderr = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_target(false)
-        .with_ansi(false)
-        .without_time();
-    let to_stderr =
-        to_stderr.with_filter(FilterFn::new(is_not_telemetry).with_max_level_hint(LevelFilter::WARN));
-    let subscriber =
-        tracing_subscriber::registry().with(guard.layer()).with(to_stderr.with_filter(LevelFilter::WARN));
+    set_global(&guard);
+    let subscriber = tracing_subscriber::registry().with(guard.layer()).with(warnings_to_stderr());
     if subscriber.try_init().is_err() {
         tracing::warn!(
-            "a tracing subscriber is installed already, so spans and logs do not reach OTLP: call otlp::providers() instead, and add guard.layer() to your subscriber"
+            "spans and logs are not exported: a tracing subscriber is already installed; call otlp::set_global_providers() instead of otlp::init(), and add guard.layer() to your subscriber"
         );
     }
-    tell(&warnings);
+    log(&warnings);
     Ok(guard)
 }
 
-/// Like [`init`], but leaves the `tracing` subscriber to you: add [`Guard::layer`] to it.
+/// Calls [`init`] if any variable whose name starts with `OTEL_` has a value, for programs that export telemetry on
+/// request only.
+///
+/// Otherwise returns `None` and exports nothing; warnings are printed to standard error as `init` does, unless a
+/// `tracing` subscriber is already installed. An empty variable counts as unset. With `OTEL_SDK_DISABLED=true` the
+/// guard exports nothing.
+///
+/// # Errors
+///
+/// Those of [`init`].
+///
+/// # Examples
+///
+/// ```no_run
+/// # async fn example() -> Result<(), fraiseql_stream::otlp::InitError> {
+/// let telemetry = fraiseql_stream::otlp::init_if_configured()?;
+/// // connect, stream
+/// if let Some(telemetry) = telemetry {
+///     telemetry.shutdown().await.ok(); // what could not be delivered is in the log
+/// }
+/// # Ok(())
+/// # }
+/// ```
+pub fn init_if_configured() -> Result<Option<Guard>, InitError> {
+    if is_configured(std::env::vars_os()) {
+        return init().map(Some);
+    }
+    // A subscriber that is already installed gets the warnings instead.
+    let _ = tracing_subscriber::registry().with(warnings_to_stderr()).try_init();
+    Ok(None)
+}
+
+/// Sets the global meter and tracer providers from the environment, and leaves the `tracing` subscriber to you: add
+/// [`Guard::layer`] to it.
+///
+/// Call it before the first connection is made. Use it if your service has a subscriber; [`init`] if it has none;
+/// [`build_providers`] if the global providers are yours.
+///
+/// # Errors
+///
+/// Those of [`init`].
+///
+/// # Examples
 ///
 /// ```no_run
 /// use tracing_subscriber::prelude::*;
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// let telemetry = fraiseql_stream::otlp::providers()?;
+/// let telemetry = fraiseql_stream::otlp::set_global_providers()?;
 /// tracing_subscriber::registry().with(telemetry.layer()).with(tracing_subscriber::fmt::layer()).init();
 /// # Ok(())
 /// # }
 /// ```
+pub fn set_global_providers() -> Result<Guard, InitError> {
+    let guard = build_providers()?;
+    set_global(&guard);
+    Ok(guard)
+}
+
+/// Builds the providers from the environment without making anything global.
+///
+/// Use it if the global providers belong to another part of your service, or in tests. Pass [`Guard::meter_provider`]
+/// to [`Instruments::new`], and those to each connection; add [`Guard::layer`] to your
+/// `tracing` subscriber.
 ///
 /// # Errors
 ///
 /// Those of [`init`].
-pub fn providers() -> Result<Guard, InitError> {
+///
+/// # Examples
+///
+/// ```no_run
+/// use fraiseql_stream::{Connection, Instruments, otlp};
+/// use tracing_subscriber::prelude::*;
+///
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// let telemetry = otlp::build_providers()?;
+/// tracing_subscriber::registry().with(telemetry.layer()).init();
+/// let instruments = Instruments::new(&*telemetry.meter_provider());
+/// let db = Connection::builder("postgres://localhost/shop").instruments(&instruments).connect().await?;
+/// # Ok(())
+/// # }
+/// ```
+pub fn build_providers() -> Result<Guard, InitError> {
     let (guard, warnings) = start()?;
-    tell(&warnings);
+    log(&warnings);
     Ok(guard)
 }
 
-fn tell(warnings: &[String]) {
+fn start() -> Result<(Guard, Vec<String>), InitError> {
+    let mut settings = Settings::from_env();
+    if !settings.disabled {
+        settings.warnings.extend(compiled_out(&settings.traces, STATIC_MAX_LEVEL));
+    }
+    let health = Arc::new(Health::default());
+    let providers =
+        if settings.disabled { Providers::default() } else { Providers::new(&settings, &health)? };
+    let signals = [settings.traces, settings.metrics, settings.logs];
+    let places = signals.map(|signal| (signal.name, signal.place)).to_vec();
+    Ok((Guard::new(providers, health, places), settings.warnings))
+}
+
+fn set_global(guard: &Guard) {
+    let Some(providers) = guard.providers() else { return };
+    if let Some(meter) = &providers.meter {
+        global::set_meter_provider(meter.clone());
+        Instruments::renew_global();
+    }
+    if let Some(tracer) = &providers.tracer {
+        global::set_tracer_provider(tracer.clone());
+    }
+}
+
+fn is_configured(mut variables: impl Iterator<Item = (OsString, OsString)>) -> bool {
+    variables.any(|(name, value)| {
+        name.as_encoded_bytes().starts_with(b"OTEL_") && !value.as_encoded_bytes().trim_ascii().is_empty()
+    })
+}
+
+/// Returns the layer that prints warnings to standard error.
+fn warnings_to_stderr<S>() -> impl Layer<S>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+{
+    let print = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let print = print.with_target(false).with_ansi(false).without_time();
+    let print =
+        print.with_filter(FilterFn::new(layer::is_not_telemetry).with_max_level_hint(LevelFilter::WARN));
+    print.with_filter(LevelFilter::WARN)
+}
+
+/// Logs warnings about variables.
+fn log(warnings: &[String]) {
     for warning in warnings {
-        if STATIC_MAX_LEVEL >= LevelFilter::WARN {
+        if tracing::enabled!(Level::WARN) {
             tracing::warn!("{warning}");
         } else {
-            // Warnings by `tracing` are compiled out; one that is lost with standard error is lost.
+            // No subscriber is installed yet, or warnings are compiled out. A standard error that is closed is no
+            // reason to fail.
             let _ = writeln!(std::io::stderr(), "WARN {warning}");
         }
     }
@@ -131,119 +266,23 @@ fn compiled_out(traces: &Signal, most: LevelFilter) -> Option<String> {
         return None;
     }
     Some(format!(
-        "no spans are exported: tracing is limited to level {most} at compile time; find the feature max_level_* or release_max_level_* with \"cargo tree -e features -i tracing\" and turn it off"
+        "no spans are exported: tracing is limited to level {most} at compile time; find the feature max_level_* or release_max_level_* with \"cargo tree -e features -i tracing\" and disable it"
     ))
 }
 
-fn start() -> Result<(Guard, Vec<String>), InitError> {
-    let mut settings = Settings::from_env();
-    if !settings.disabled {
-        settings.warnings.extend(compiled_out(&settings.traces, STATIC_MAX_LEVEL));
-    }
-    let health = Arc::new(Health::default());
-    let providers =
-        if settings.disabled { Providers::default() } else { Providers::new(&settings, &health)? };
-    if let Some(meter) = &providers.meter {
-        global::set_meter_provider(meter.clone());
-        Instruments::renew_global();
-    }
-    if let Some(tracer) = &providers.tracer {
-        global::set_tracer_provider(tracer.clone());
-    }
-    let signals = [settings.traces, settings.metrics, settings.logs];
-    let places = signals.map(|signal| (signal.name, signal.place)).to_vec();
-    Ok((Guard::new(providers, health, places), settings.warnings))
-}
-
-impl Guard {
-    /// The layer that turns `tracing` spans into OpenTelemetry's, and events into log records. Spans and
-    /// events of the exporters' own libraries are left out, or exporting would feed itself.
-    pub fn layer<S>(&self) -> impl Layer<S> + use<S>
-    where
-        S: Subscriber + for<'a> LookupSpan<'a> + Send + Sync,
-    {
-        let providers = self.providers();
-        let spans = providers.and_then(|providers| providers.tracer.as_ref()).map(|provider| {
-            let scope = InstrumentationScope::builder(SCOPE).with_version(env!("CARGO_PKG_VERSION")).build();
-            let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer_with_scope(scope));
-            let lean = layer.with_threads(false).with_location(false).with_tracked_inactivity(false);
-            lean.with_target(false)
-        });
-        let records = providers.and_then(|providers| providers.logger.as_ref());
-        let records = records.map(OpenTelemetryTracingBridge::new);
-        // The filters stand outside of the options: an absent layer would switch off its neighbour.
-        let spans = spans.with_filter(wanted(belongs_to_trace));
-        spans.and_then(records.with_filter(wanted(belongs_to_log)))
-    }
-}
-
-/// The streams' own records are the finest that anyone wants.
-fn wanted(belongs: fn(&Metadata<'_>) -> bool) -> FilterFn<fn(&Metadata<'_>) -> bool> {
-    FilterFn::new(belongs).with_max_level_hint(LevelFilter::DEBUG)
-}
-
-/// Spans, and the first row as an event of its span; all other events go to the log, once.
-fn belongs_to_trace(about: &Metadata<'_>) -> bool {
-    let wanted_span = about.is_span() && *about.level() <= Level::INFO && is_not_telemetry(about);
-    wanted_span || about.target() == FIRST_ROW
-}
-
-fn belongs_to_log(about: &Metadata<'_>) -> bool {
-    let finest = if about.target() == SCOPE { Level::DEBUG } else { Level::INFO };
-    let wanted = *about.level() <= finest && about.target() != FIRST_ROW;
-    about.is_event() && wanted && is_not_telemetry(about)
-}
-
-fn is_not_telemetry(about: &Metadata<'_>) -> bool {
-    !exports(about.target())
-}
-
-fn exports(target: &str) -> bool {
-    let name = target.split("::").next().unwrap_or(target);
-    name.starts_with("opentelemetry") || EXPORTERS.contains(&name)
-}
-
-/// The crates that exports run through: whole names, since `tower_http` and the like are the service's.
-const EXPORTERS: [&str; 7] = ["h2", "hyper", "hyper_util", "reqwest", "rustls", "tonic", "tower"];
-
-/// Telemetry that can't be set up.
-///
-/// ```no_run
-/// match fraiseql_stream::otlp::init() {
-///     Ok(telemetry) => drop(telemetry),
-///     Err(error) => eprintln!("going on without telemetry: {error}"),
-/// }
-/// ```
-#[derive(Debug)]
-pub struct InitError(String);
-
-impl InitError {
-    fn new(message: impl Into<String>) -> Self {
-        Self(message.into())
-    }
-}
-
-impl fmt::Display for InitError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for InitError {}
-
 #[cfg(test)]
 mod tests {
-    use super::env::Exporter;
+    use super::settings::Exporter;
     use super::*;
 
     #[test]
-    fn spans_that_are_compiled_out_are_warned_of_where_they_would_be_exported() {
+    fn exported_spans_that_are_compiled_out_cause_a_warning() {
         let none = Signal::default();
         let traces = Signal { exporters: vec![Exporter::Otlp], ..Signal::default() };
         for most in [LevelFilter::OFF, LevelFilter::ERROR, LevelFilter::WARN] {
             let warning = compiled_out(&traces, most).unwrap();
             assert!(warning.contains(&format!("tracing is limited to level {most} at")), "{warning}");
-            assert!(warning.contains("cargo tree -e features -i tracing"), "what to do: {warning}");
+            assert!(warning.contains("cargo tree -e features -i tracing"), "no advice: {warning}");
             assert_eq!(compiled_out(&none, most), None);
         }
         for most in [LevelFilter::INFO, LevelFilter::DEBUG, LevelFilter::TRACE] {
@@ -252,12 +291,12 @@ mod tests {
     }
 
     #[test]
-    fn only_the_exporters_own_crates_are_left_out() {
-        for target in ["opentelemetry-otlp", "opentelemetry_sdk", "hyper::client", "tower::buffer", "h2"] {
-            assert!(exports(target), "{target}");
-        }
-        for target in ["tower_http::trace::make_span", "hyper_service", "h2o::pumps", SCOPE] {
-            assert!(!exports(target), "{target}");
-        }
+    fn any_variable_of_opentelemetry_with_a_value_configures_telemetry() {
+        let configured = |name: &str, value: &str| is_configured([(name.into(), value.into())].into_iter());
+        assert!(configured("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318"));
+        assert!(configured("OTEL_SDK_DISABLED", "true"));
+        assert!(!configured("OTEL_SERVICE_NAME", "") && !configured("OTEL_SERVICE_NAME", " "));
+        assert!(!configured("HOTEL_NAME", "Ritz"));
+        assert!(!is_configured(std::iter::empty()));
     }
 }

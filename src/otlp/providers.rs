@@ -1,23 +1,26 @@
-//! Providers and exporters, as the settings ask for them.
+//! Builds providers and exporters from the settings.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use opentelemetry::KeyValue;
+#[cfg(not(feature = "otlp-grpc"))]
+use opentelemetry_otlp::ExporterBuildError;
 use opentelemetry_otlp::{LogExporter, MetricExporter, SpanExporter, WithExportConfig, WithHttpConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::logs::{BatchConfigBuilder as RecordBatch, BatchLogProcessor, SdkLoggerProvider};
 use opentelemetry_sdk::metrics::{Instrument, PeriodicReader, SdkMeterProvider, Stream};
 use opentelemetry_sdk::resource::{SdkProvidedResourceDetector, TelemetryResourceDetector};
 use opentelemetry_sdk::trace::{BatchConfigBuilder as SpanBatch, BatchSpanProcessor, SdkTracerProvider};
+use uuid::Uuid;
 
-use super::InitError;
-use super::env::{Batch, Exporter, Protocol, Settings, Signal};
+use super::error::InitError;
 use super::report::{Health, Reported};
+use super::settings::{Batch, Exporter, Protocol, Settings, Signal};
 use crate::telemetry::{ENDS, MOST_ENTITIES};
 
-/// Instruments with attributes beside `entity`, and the series that each entity has there; the SDK's own limit
-/// of 2,000 would cut them.
+/// Instruments with attributes beside `entity`, and their number of series per entity: the SDK's default limit of
+/// 2,000 series would cut them off.
 const WIDE: [(&str, usize); 5] = [
     ("fraiseql.stream.time", 5),
     ("fraiseql.stream.rows", 3),
@@ -25,23 +28,23 @@ const WIDE: [(&str, usize); 5] = [
     ("fraiseql.producer.time", 2),
     ("fraiseql.chunk.adjustments", 2),
 ];
-/// Beside the entities there are the values `_OTHER` and `_REFUSED`.
+/// The values of `entity`: the entities, `_OTHER` and `_REFUSED`.
 const MOST_VALUES: usize = MOST_ENTITIES + 2;
-/// Series of one instrument that are not to be expected, such as that of a rare kind of error.
+/// Room for rare series of one instrument, such as that of an unusual kind of error.
 const SPARE: usize = 20;
 
-/// Whatever the settings want; a signal that goes nowhere has no provider.
+/// The providers; a signal without exporter has none.
 #[derive(Debug, Default)]
 pub(super) struct Providers {
     pub(super) tracer: Option<SdkTracerProvider>,
     pub(super) meter: Option<SdkMeterProvider>,
     pub(super) logger: Option<SdkLoggerProvider>,
-    /// Where gRPC runs: a runtime of its own, since on the service's it could not flush at shutdown.
+    /// Runs gRPC. On the runtime of the service, it could not flush at shutdown.
     #[cfg(feature = "otlp-grpc")]
     pub(super) runtime: GrpcRuntime,
 }
 
-/// A runtime that may be dropped anywhere, also on another runtime's thread.
+/// A runtime that may be dropped anywhere, also on a thread of another runtime.
 #[cfg(feature = "otlp-grpc")]
 #[derive(Debug, Default)]
 pub(super) struct GrpcRuntime(Option<tokio::runtime::Runtime>);
@@ -55,7 +58,7 @@ impl Drop for GrpcRuntime {
     }
 }
 
-/// Makes the one exporter builder for a signal's protocol; the builders of the three signals share no type.
+/// Builds the exporter of a signal. This is a macro because the builders of the three signals share no trait.
 macro_rules! exporter {
     ($exporter:ident, $signal:expr, $transport:expr) => {{
         let signal: &Signal = $signal;
@@ -74,25 +77,25 @@ macro_rules! exporter {
                 let _within = $transport.runtime()?;
                 let mut builder = $exporter::builder().with_tonic().with_timeout(signal.timeout);
                 if signal.place.starts_with("https://") {
-                    // Without this, TLS has no root certificates at all.
+                    // Without this, TLS has no root certificates.
                     builder = builder.with_tls_config(ClientTlsConfig::new().with_enabled_roots());
                 }
                 builder.with_endpoint(&signal.endpoint).build()
             }
             #[cfg(not(feature = "otlp-grpc"))]
-            Protocol::Grpc => return Err(InitError::new("gRPC needs the cargo feature otlp-grpc")),
+            Protocol::Grpc => Err(ExporterBuildError::InvalidConfiguration(
+                "gRPC needs the cargo feature otlp-grpc".to_owned(),
+            )),
         };
-        built.map_err(|error| {
-            InitError::new(format!("the exporter to {} can't be made: {error}", signal.place))
-        })?
+        built.map_err(|error| InitError::exporter(signal, error))?
     }};
 }
 
-/// What carries OTLP; made when the first exporter needs it.
+/// The HTTP clients and the gRPC runtime, created when the first exporter needs one.
 struct Transport<'a> {
-    /// No endpoint is https.
+    /// No endpoint is `https`.
     plaintext: bool,
-    /// One for each timeout.
+    /// A client for each timeout.
     http: Vec<(Duration, reqwest::blocking::Client)>,
     #[cfg(feature = "otlp-grpc")]
     runtime: &'a mut GrpcRuntime,
@@ -101,19 +104,18 @@ struct Transport<'a> {
 }
 
 impl Transport<'_> {
-    /// A blocking client: exports run on threads without a runtime. It must not be made on one that has.
+    /// Returns a blocking client, since exports run on threads without a runtime.
     fn http(&mut self, timeout: Duration) -> Result<reqwest::blocking::Client, InitError> {
         if let Some((_, client)) = self.http.iter().find(|(its, _)| *its == timeout) {
             return Ok(client.clone());
         }
         let client = reqwest::blocking::Client::builder().timeout(timeout);
-        // Loading the system's certificates takes longer than all else here; without TLS nobody needs them.
+        // Loading the certificates of the system is the slowest part of the set-up, and needed for TLS only.
         let client = if self.plaintext { client.tls_certs_only([]) } else { client };
-        let make = move || client.build();
-        let built =
-            std::thread::spawn(make).join().map_err(|_| InitError::new("the HTTP client can't be made"))?;
-        let client =
-            built.map_err(|error| InitError::new(format!("the HTTP client can't be made: {error}")))?;
+        // A blocking client must not be built on a thread of a runtime.
+        let built = std::thread::spawn(move || client.build()).join();
+        let built = built.map_err(|_| InitError::transport("the HTTP client", "its thread panicked"))?;
+        let client = built.map_err(|error| InitError::transport("the HTTP client", error))?;
         self.http.push((timeout, client.clone()));
         Ok(client)
     }
@@ -126,11 +128,10 @@ impl Transport<'_> {
                 .thread_name("fraiseql-otlp")
                 .enable_all()
                 .build();
-            self.runtime.0 =
-                Some(runtime.map_err(|error| InitError::new(format!("no thread for gRPC: {error}")))?);
+            self.runtime.0 = Some(runtime.map_err(|error| InitError::transport("the gRPC runtime", error))?);
         }
         let runtime = self.runtime.0.as_ref().map(tokio::runtime::Runtime::enter);
-        runtime.ok_or_else(|| InitError::new("no runtime for gRPC"))
+        runtime.ok_or_else(|| InitError::transport("the gRPC runtime", "it is missing"))
     }
 }
 
@@ -155,33 +156,19 @@ impl Providers {
     }
 }
 
-/// Who tells all this. The SDK's own detector does not decode the attributes, so it is left out.
+/// Describes the service. The SDK's detector for `OTEL_RESOURCE_ATTRIBUTES` does not decode them, so it is left out.
 fn resource(settings: &Settings) -> Resource {
     let resource = Resource::builder_empty()
         .with_detector(Box::new(SdkProvidedResourceDetector))
         .with_detector(Box::new(TelemetryResourceDetector))
-        // Without it, a collector takes the series of a service's many instances for one.
-        .with_attribute(KeyValue::new("service.instance.id", random_id()))
+        // Without it, the series of all instances of a service would be the same.
+        .with_attribute(KeyValue::new("service.instance.id", Uuid::new_v4().to_string()))
         .with_attributes(settings.resource.clone());
     match &settings.service_name {
-        // It wins over the attributes, which may name the service too.
+        // Takes precedence over a service.name among the attributes.
         Some(name) => resource.with_service_name(name.clone()).build(),
         None => resource.build(),
     }
-}
-
-/// A UUID of version 4, from the randomness that seeds the standard library's hash maps.
-fn random_id() -> String {
-    let half = || std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), ());
-    let (high, low) = (half() & !0xf000 | 0x4000, half() & !(0b11 << 62) | 0b10 << 62);
-    format!(
-        "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
-        high >> 32,
-        high >> 16 & 0xffff,
-        high & 0xffff,
-        low >> 48,
-        low & 0xffff_ffff_ffff
-    )
 }
 
 fn tracer(

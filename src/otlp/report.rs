@@ -1,4 +1,4 @@
-//! Export failures, told once: a collector that is away must not fill the service's log.
+//! Logs export failures once, so that an unreachable collector does not fill the log of the service.
 
 use std::fmt;
 use std::net::{TcpStream, ToSocketAddrs};
@@ -14,33 +14,33 @@ use opentelemetry_sdk::metrics::exporter::PushMetricExporter;
 use opentelemetry_sdk::trace::{SpanData, SpanExporter};
 use reqwest::Url;
 
-use super::env::Signal;
+use super::settings::Signal;
 
-/// Whether telemetry arrives, over all signals of one guard.
+/// The export health of all signals of one guard.
 #[derive(Debug, Default)]
 pub(super) struct Health {
-    /// The signals that do not arrive.
+    /// The signals whose last export failed.
     failing: Mutex<Vec<&'static str>>,
 }
 
 impl Health {
-    /// Notes that these signals fail; false if a failure was told before and is not over yet.
-    pub(super) fn is_news(&self, signals: &[&'static str]) -> bool {
+    /// Records that these signals fail. Returns whether no signal was failing before.
+    pub(super) fn is_first_failure(&self, signals: &[&'static str]) -> bool {
         let mut failing = self.failing();
-        let news = failing.is_empty();
+        let is_first = failing.is_empty();
         failing.extend(signals);
-        news
+        is_first
     }
 
-    /// Tells the first failure of all signals, and when the last of them is over.
-    fn note(&self, signal: &'static str, place: &str, result: &OTelSdkResult) {
+    /// Records the result of an export. Logs the first failure, and the recovery of the last failing signal.
+    fn record(&self, signal: &'static str, place: &str, result: &OTelSdkResult) {
         let mut failing = self.failing();
         let before = failing.len();
         failing.retain(|other| *other != signal);
         match result {
             Ok(()) if before > 0 && failing.is_empty() => {
                 drop(failing);
-                tracing::info!("telemetry is delivered to {place} again");
+                tracing::info!("exporting to {place} recovered");
             }
             Ok(()) => {}
             Err(error) => {
@@ -49,7 +49,7 @@ impl Health {
                 if before == 0 {
                     let why = unreachable(place).unwrap_or_else(|| error.to_string());
                     tracing::warn!(
-                        "telemetry ({signal}) is not delivered to {place}: {why}; rows are not affected, and this is said once until it works again"
+                        "exporting {signal} to {place} failed: {why}; rows are not affected, and further failures are not logged until export recovers"
                     );
                 }
             }
@@ -61,7 +61,7 @@ impl Health {
     }
 }
 
-/// The exporter says "network error"; a plain connection attempt says which.
+/// Returns why a connection to a place fails, or `None` if it succeeds. The exporter says "network error" only.
 pub(super) fn unreachable(place: &str) -> Option<String> {
     let url = Url::parse(place).ok()?;
     let host = url.host_str()?.trim_matches(['[', ']']);
@@ -77,7 +77,7 @@ pub(super) fn unreachable(place: &str) -> Option<String> {
     attempts.into_iter().find_map(Result::err).map(|error| error.to_string())
 }
 
-/// An exporter whose failures are told.
+/// An exporter whose failures are logged.
 pub(super) struct Reported<E> {
     exporter: E,
     signal: &'static str,
@@ -90,8 +90,8 @@ impl<E> Reported<E> {
         Self { exporter, signal: signal.name, place: signal.place.clone(), health: Arc::clone(health) }
     }
 
-    fn note(&self, result: OTelSdkResult) -> OTelSdkResult {
-        self.health.note(self.signal, &self.place, &result);
+    fn record(&self, result: OTelSdkResult) -> OTelSdkResult {
+        self.health.record(self.signal, &self.place, &result);
         result
     }
 }
@@ -104,7 +104,7 @@ impl<E> fmt::Debug for Reported<E> {
 
 impl<E: SpanExporter> SpanExporter for Reported<E> {
     async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
-        self.note(self.exporter.export(batch).await)
+        self.record(self.exporter.export(batch).await)
     }
 
     fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
@@ -122,7 +122,7 @@ impl<E: SpanExporter> SpanExporter for Reported<E> {
 
 impl<E: LogExporter> LogExporter for Reported<E> {
     async fn export(&self, batch: LogBatch<'_>) -> OTelSdkResult {
-        self.note(self.exporter.export(batch).await)
+        self.record(self.exporter.export(batch).await)
     }
 
     fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
@@ -136,7 +136,7 @@ impl<E: LogExporter> LogExporter for Reported<E> {
 
 impl<E: PushMetricExporter> PushMetricExporter for Reported<E> {
     async fn export(&self, metrics: &ResourceMetrics) -> OTelSdkResult {
-        self.note(self.exporter.export(metrics).await)
+        self.record(self.exporter.export(metrics).await)
     }
 
     fn force_flush(&self) -> OTelSdkResult {

@@ -13,32 +13,52 @@ use super::spans::seconds;
 use crate::error::Error;
 use crate::sync::lock;
 
-/// The metrics of all streams that are made with it, on one meter provider.
+/// The instruments that record the metrics of streams, on one meter provider.
 ///
-/// You need it only if your meter provider is not the global one, or is set after the first connection is
-/// made: the default is made from the global provider at the first connection, or by `otlp::init()`. Make
-/// one and keep it: observable instruments cannot be taken back, so each one made adds a set of callbacks,
-/// and two on one provider overwrite each other's values.
+/// The default ones are created on the global provider, at the first connection or by `otlp::init()`. Create your own if
+/// your meter provider is not the global one, or is set after the first connection is made. Create them once and keep
+/// them: observable instruments cannot be removed, so each instance adds a set of callbacks, and two on one provider
+/// overwrite each other's values.
 ///
 /// # Entities
 ///
-/// The attribute `entity`, in the `db.client` metrics `db.collection.name`, is the name that was given to
-/// [`Connection::query`](crate::Connection::query). The series of an entity begin when Postgres has accepted a
-/// query for it, and stay from then on. Two values stand for more than one name; spans have the real one:
+/// The attribute `entity` (in the `db.client` metrics `db.collection.name`) is the name passed to
+/// [`Connection::query`](crate::Connection::query). The series of an entity begin when Postgres has accepted a query for
+/// it, and never end. Keep the number of distinct entities small. Two values stand for more than one name; spans have
+/// the real one:
 ///
-/// - `_OTHER`: after 1,000 entities, all further ones.
-/// - `_REFUSED`: streams that never began, because the query was refused, or dropped before Postgres had
-///   accepted it. They are counted in `fraiseql.stream.ended` only, and if anything was sent, in the `db.client`
-///   metrics.
+/// - `_OTHER`: all further entities after the first 1,000.
+/// - `_REFUSED`: streams whose query was refused, or dropped before Postgres accepted it. They are counted in
+///   `fraiseql.stream.ended` only and, if anything was sent, in the `db.client` metrics.
 ///
-/// `fraiseql.stream.ended` counts streams by `outcome`: `complete`, `dropped` or `failed`. A failed one has in
-/// `error.type` the [kind](crate::ErrorKind::as_str) of its error. Every series is exported from the start, at
-/// zero, so that `increase()` sees the first failure. The SQLSTATE is in `db.client.operation.duration`, as
-/// `error.type` and `db.response.status_code`, and on the span.
+/// `fraiseql.stream.ended` counts streams by `outcome`: `complete`, `dropped` or `failed`. For a failed stream,
+/// `error.type` is the [kind](crate::ErrorKind::as_str) of its error. Every series is exported from the start, at zero,
+/// so that `increase()` includes the first failure. The SQLSTATE is in `db.client.operation.duration`, as `error.type`
+/// and `db.response.status_code`, and on the span.
 ///
-/// An SDK keeps 2,000 series of an instrument unless a view says otherwise. With more than 300 entities, give
-/// `fraiseql.stream.time` and `fraiseql.stream.ended`, which have five and more series for each, a larger
-/// cardinality limit, as `otlp::init()` does.
+/// An SDK keeps 2,000 series of an instrument unless a view sets another limit. With more than 300 entities, set a larger
+/// cardinality limit for `fraiseql.stream.time` and `fraiseql.stream.ended`, which have five and more series per entity,
+/// as `otlp::init()` does.
+///
+/// # Spans
+///
+/// Streams record their spans by `tracing`, at level `info` and with the target `fraiseql_stream`. They reach a tracer
+/// provider only through a layer of [tracing-opentelemetry] in your subscriber; without one, there are no spans. The
+/// layer of `otlp::Guard::layer` is one.
+///
+/// ```
+/// use opentelemetry::trace::TracerProvider as _;
+/// use opentelemetry_sdk::trace::SdkTracerProvider;
+/// use tracing_subscriber::{filter::LevelFilter, prelude::*};
+///
+/// let provider = SdkTracerProvider::builder().build();
+/// let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("shop"));
+/// tracing_subscriber::registry().with(layer.with_filter(LevelFilter::INFO)).init();
+/// ```
+///
+/// The example `own_providers` sets up both metrics and spans.
+///
+/// [tracing-opentelemetry]: https://docs.rs/tracing-opentelemetry
 ///
 /// # Examples
 ///
@@ -66,7 +86,17 @@ pub(super) struct Inner {
 static DEFAULT: Mutex<Option<Instruments>> = Mutex::new(None);
 
 impl Instruments {
-    /// Makes the instruments on a provider of yours.
+    /// Creates the instruments on a meter provider.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use fraiseql_stream::Instruments;
+    /// use opentelemetry_sdk::metrics::SdkMeterProvider;
+    ///
+    /// let provider = SdkMeterProvider::builder().build();
+    /// let instruments = Instruments::new(&provider);
+    /// ```
     pub fn new(provider: &dyn MeterProvider) -> Self {
         let scope = InstrumentationScope::builder(SCOPE).with_version(env!("CARGO_PKG_VERSION")).build();
         let meter = provider.meter_with_scope(scope);
@@ -91,13 +121,13 @@ impl Instruments {
         self.0.registry.refused(End::Failed(error));
     }
 
-    /// The default ones, made from the global provider at first use.
+    /// Returns the default instruments, which are created on the global provider at first use.
     pub(crate) fn global() -> Self {
         let mut default = lock(&DEFAULT);
         default.get_or_insert_with(|| Self::new(&*global::meter_provider())).clone()
     }
 
-    /// From now on the global provider of this moment is the one.
+    /// Creates the default instruments anew, on the current global provider.
     #[cfg(feature = "otlp")]
     pub(crate) fn renew_global() {
         let made = Self::new(&*global::meter_provider());

@@ -1,4 +1,4 @@
-//! Spans of poll batches: long ones mean that Postgres is slow, gaps between them that the consumer is.
+//! Spans of poll batches: long spans mean that Postgres is slow, gaps between them that the consumer is.
 
 use std::task::Poll;
 use std::time::Duration;
@@ -12,14 +12,14 @@ use crate::received::{Received, integer, number, seconds};
 use crate::scenario::{self, Result, Scenario, figures};
 use crate::servers::{Database, database, slow_view, table};
 
-/// Between two chunks, where the consumer is slow.
+/// The time that a slow consumer needs for a chunk.
 const SLEEP: Duration = Duration::from_millis(50);
 
-/// Reads `rows` by the chunk.
+/// Reads `rows` chunk by chunk.
 #[test]
 #[ignore = "a scenario"]
 fn by_the_chunk() -> Result {
-    scenario::play(async {
+    scenario::run_scenario(async {
         let telemetry = otlp::init()?;
         let spans = match std::env::var("SPANS").as_deref() {
             Ok("every") => PollSpans::Every,
@@ -40,23 +40,23 @@ fn by_the_chunk() -> Result {
                 tokio::time::sleep(SLEEP).await;
             }
         }
-        let mut told = figures(&rows.stats());
-        told["batches"] = json!(batches);
-        scenario::tell(&told);
+        let mut report = figures(&rows.stats());
+        report["batches"] = json!(batches);
+        scenario::report(&report);
         Ok(telemetry.shutdown().await?)
     })
 }
 
-/// Looks for rows now and then instead of waiting for them, as a loop with other work does.
+/// Polls for rows now and then instead of waiting for them, as a loop with other work does.
 #[test]
 #[ignore = "a scenario"]
 fn by_looking() -> Result {
-    scenario::play(async {
+    scenario::run_scenario(async {
         let telemetry = otlp::init()?;
         let mut db = Connection::connect(&scenario::url()).await?;
         let mut rows = db.query::<RawJson>("rows").stream().await?;
         loop {
-            // What is here is taken; then there is other work.
+            // Takes what is ready, then does other work.
             while let Poll::Ready(Some(_)) = rows.next_ready() {}
             tokio::time::sleep(SLEEP).await;
             if rows.next().await.is_none() {
@@ -68,9 +68,9 @@ fn by_looking() -> Result {
 }
 
 struct Batches {
-    told: Value,
+    reported: Value,
     query: Span,
-    /// In the order of their start.
+    /// The spans of its poll batches, in the order of their start.
     spans: Vec<Span>,
 }
 
@@ -79,7 +79,7 @@ impl Batches {
         self.spans.iter().map(|span| integer(span, attribute)).sum()
     }
 
-    /// The time that the spans cover, in seconds.
+    /// Returns the time covered by the spans, in seconds.
     fn covered(&self) -> f64 {
         self.spans.iter().map(seconds).sum()
     }
@@ -88,7 +88,7 @@ impl Batches {
         self.spans.iter().map(seconds).fold(0.0, f64::max)
     }
 
-    /// The time between the spans, in seconds.
+    /// Returns the times between the spans, in seconds.
     fn gaps(&self) -> Vec<f64> {
         let gap = |pair: &[Span]| pair[1].start_ns.saturating_sub(pair[0].end_ns);
         self.spans.windows(2).map(|pair| Duration::from_nanos(gap(pair)).as_secs_f64()).collect()
@@ -106,7 +106,7 @@ fn play(scenario: &str, database: &Database, set: &[(&str, &str)]) -> Batches {
     let received = Received::by(&collector);
     let query = received.query("rows").clone();
     let spans = received.below(&query, "poll_batch").into_iter().cloned().collect();
-    Batches { told: outcome.told, query, spans }
+    Batches { reported: outcome.reported, query, spans }
 }
 
 fn read(database: &Database, set: &[(&str, &str)]) -> Batches {
@@ -114,49 +114,49 @@ fn read(database: &Database, set: &[(&str, &str)]) -> Batches {
 }
 
 #[test]
-fn half_a_million_rows_stay_within_the_budget_and_their_sums_are_whole() {
+fn half_a_million_rows_stay_within_the_budget_with_complete_sums() {
     let batches = read(&database(&table("rows", 500_000)), &[]);
-    // Far below the 2,048 that a host's queue holds.
+    // Far below the 2,048 spans that the queue holds.
     assert!(batches.spans.len() < 400, "{} spans", batches.spans.len());
     assert!(batches.spans.len() >= 64, "{} spans", batches.spans.len());
     assert_eq!(batches.sum("fraiseql.rows"), 500_000);
-    assert_eq!(Some(batches.sum("fraiseql.bytes")), batches.told["bytes"].as_i64());
-    assert_eq!(Some(batches.sum("fraiseql.batches")), batches.told["batches"].as_i64());
+    assert_eq!(Some(batches.sum("fraiseql.bytes")), batches.reported["bytes"].as_i64());
+    assert_eq!(Some(batches.sum("fraiseql.batches")), batches.reported["batches"].as_i64());
     let trace = &batches.query.trace_id;
     assert!(batches.spans.iter().all(|span| span.trace_id == *trace && span.kind == "internal"));
 }
 
 #[test]
-fn every_poll_batch_has_its_span_on_request() {
+fn every_poll_batch_has_a_span_on_request() {
     let batches = read(&database(&table("rows", 20_000)), &[("SPANS", "every"), ("CHUNK", "64")]);
     let taken: Vec<_> = batches.spans.iter().filter(|span| integer(span, "fraiseql.batches") > 0).collect();
     assert!(taken.iter().all(|span| integer(span, "fraiseql.batches") == 1));
-    assert_eq!(Some(taken.len() as u64), batches.told["batches"].as_u64());
-    // The last poll finds the end.
+    assert_eq!(Some(taken.len() as u64), batches.reported["batches"].as_u64());
+    // The last poll finds the end of the stream.
     assert!(batches.spans.len() <= taken.len() + 1);
     assert_eq!(batches.sum("fraiseql.rows"), 20_000);
     for span in taken {
         let [rows, before, after] =
             ["fraiseql.rows", "fraiseql.occupancy.before", "fraiseql.occupancy.after"]
                 .map(|name| integer(span, name));
-        // A poll that had to wait found nothing.
+        // A poll that had to wait found the channel empty.
         assert!(before == 0 || before - rows == after, "{before} - {rows}, {after}");
         assert!((1..=64).contains(&rows) && (0..=256).contains(&before) && (0..256).contains(&after));
     }
     let decoding: f64 = batches.spans.iter().map(|span| number(span, "fraiseql.time.decode")).sum();
-    let told = batches.told["time"]["decode"].as_f64().unwrap();
-    assert!((decoding - told).abs() < 1e-6 + told * 0.01, "{decoding} of {told}");
+    let reported = batches.reported["time"]["decode"].as_f64().unwrap();
+    assert!((decoding - reported).abs() < 1e-6 + reported * 0.01, "{decoding} of {reported}");
 }
 
 #[test]
-fn poll_batches_without_spans_leave_the_query_span() {
+fn query_span_remains_if_poll_batches_have_none() {
     let batches = read(&database(&table("rows", 2_000)), &[("SPANS", "off")]);
     assert!(batches.spans.is_empty());
     assert_eq!(integer(&batches.query, "fraiseql.rows"), 2_000);
 }
 
 #[test]
-fn a_slow_consumer_shows_in_the_gaps_between_spans() {
+fn slow_consumer_shows_in_the_gaps_between_spans() {
     let batches = read(&database(&table("rows", 1_280)), &[("SLOW_CONSUMER", ""), ("CHUNK", "64")]);
     assert_eq!(batches.sum("fraiseql.rows"), 1_280);
     let whole = seconds(&batches.query);
@@ -169,7 +169,7 @@ fn a_slow_consumer_shows_in_the_gaps_between_spans() {
 }
 
 #[test]
-fn a_slow_source_shows_in_long_spans() {
+fn slow_source_shows_in_long_spans() {
     let batches = read(&database(&slow_view("rows", 20, 0.05)), &[]);
     assert_eq!(batches.sum("fraiseql.rows"), 20);
     let whole = seconds(&batches.query);
@@ -181,9 +181,9 @@ fn a_slow_source_shows_in_long_spans() {
     assert!(waited > 0.85 * whole, "waits of {waited} s in {whole} s");
 }
 
-/// Every row is on its way while the consumer works, so nothing is ever awaited.
+/// Each row arrives while the consumer does other work, so the consumer never waits for one.
 #[test]
-fn looking_for_rows_is_not_waiting_for_them() {
+fn polling_for_ready_rows_is_not_waiting() {
     let batches = play("batches::by_looking", &database(&slow_view("rows", 20, 0.03)), &[]);
     let whole = seconds(&batches.query);
     let waited: f64 = batches.spans.iter().map(|span| number(span, "fraiseql.time.wait")).sum();

@@ -1,5 +1,5 @@
-//! The catalogue of metrics: each arrives, by both protocols, with its name, unit, kind and attributes, and with
-//! figures that are those of the streams.
+//! The catalogue of metrics: each arrives by both protocols with its name, unit, kind and attributes, and with the
+//! figures of the streams.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
@@ -49,9 +49,9 @@ const CATALOGUE: [(&str, Form); 18] = [
     ("fraiseql.chunk.adjustments", ("{adjustment}", "sum", &["direction", "entity"])),
     ("db.client.operation.duration", ("s", "histogram", DATABASE)),
 ];
-/// Beside the catalogue's other names, since it takes one more line to write.
+/// Separate from the other names, which fit on one line each.
 const RETURNED_ROWS: (&str, Form) = ("db.client.response.returned_rows", ("{row}", "histogram", DATABASE));
-/// What a failed query has besides.
+/// The further attributes of a failed query.
 const OF_FAILURES: [&str; 2] = ["db.response.status_code", "error.type"];
 
 const STATES: [&str; 5] = ["source_wait", "scheduled", "decode", "consumer", "paused"];
@@ -61,11 +61,11 @@ struct Document {
     id: i64,
 }
 
-/// Streams that end in every way there is.
+/// Runs streams that end in every possible way.
 #[test]
 #[ignore = "a scenario"]
 fn every_kind_of_stream() -> Result {
-    scenario::play(async {
+    scenario::run_scenario(async {
         let telemetry = otlp::init()?;
         let mut db = Connection::connect(&scenario::url()).await?;
 
@@ -88,13 +88,13 @@ fn every_kind_of_stream() -> Result {
         let mut held_too = other.query::<RawJson>("held").stream().await?;
         held.next().await.ok_or("no row")??;
         held_too.next().await.ok_or("no row")??;
-        // Over several exports.
+        // Lasts several exports.
         tokio::time::sleep(Duration::from_millis(700)).await;
         let full = [held.stats(), held_too.stats()];
         held.close().await?;
         held_too.close().await?;
 
-        scenario::tell(&json!({
+        scenario::report(&json!({
             "orders": orders, "mixed": mixed, "broken": broken,
             "held": {
                 "rows": full.iter().map(|stats| stats.buffered_rows).sum::<usize>(),
@@ -112,9 +112,9 @@ async fn by_the_chunk<C: Unpin>(mut stream: JsonStream<Document, C>) -> Value {
     while stream.next_chunk().await.expect("rows").is_some() {
         batches += 1;
     }
-    let mut told = figures(&stream.stats());
-    told["batches"] = json!(batches);
-    told
+    let mut report = figures(&stream.stats());
+    report["batches"] = json!(batches);
+    report
 }
 
 async fn to_end<C: Unpin>(mut stream: JsonStream<Document, C>) -> fraiseql_stream::Stats {
@@ -124,13 +124,13 @@ async fn to_end<C: Unpin>(mut stream: JsonStream<Document, C>) -> fraiseql_strea
 
 struct Run {
     protocol: &'static str,
-    told: Value,
+    reported: Value,
     received: Received,
-    /// Lines of `fraiseql_channel_occupancy_rows_bucket{entity="orders"`.
+    /// The lines that begin with `fraiseql_channel_occupancy_rows_bucket{entity="orders"`.
     buckets: Vec<String>,
 }
 
-/// The scenario by each protocol, run once for all tests of this file.
+/// Returns the outcomes of the scenario by each protocol, which runs once for all tests of this file.
 fn runs() -> &'static [Run; 2] {
     static RUNS: OnceLock<[Run; 2]> = OnceLock::new();
     RUNS.get_or_init(|| ["http/protobuf", "grpc"].map(run))
@@ -147,13 +147,13 @@ fn run(protocol: &'static str) -> Run {
     let outcome = scenario.to(&collector, protocol).run();
     assert_eq!(outcome.stderr, "");
     let buckets = prometheus_lines(&collector, "fraiseql_channel_occupancy_rows_bucket{entity=\"orders\"");
-    Run { protocol, told: outcome.told, received: Received::by(&collector), buckets }
+    Run { protocol, reported: outcome.reported, received: Received::by(&collector), buckets }
 }
 
-/// What a stream told of itself.
-fn told(run: &Run, entity: &str, figure: &str) -> f64 {
-    let value = &run.told[entity][figure];
-    value.as_f64().unwrap_or_else(|| panic!("{figure} of {entity} was not told"))
+/// Returns a figure that the scenario reported of a stream.
+fn reported(run: &Run, entity: &str, figure: &str) -> f64 {
+    let value = &run.reported[entity][figure];
+    value.as_f64().unwrap_or_else(|| panic!("{figure} of {entity} was not reported"))
 }
 
 fn kind(metric: &Metric) -> &'static str {
@@ -164,7 +164,7 @@ fn kind(metric: &Metric) -> &'static str {
 }
 
 #[test]
-fn every_metric_of_the_catalogue_arrives_in_its_form_by_both_protocols() {
+fn every_metric_of_the_catalogue_arrives_with_its_form_by_both_protocols() {
     for Run { protocol, received, .. } in runs() {
         for (name, form) in CATALOGUE.into_iter().chain([RETURNED_ROWS]) {
             let metric = received.metric(name);
@@ -185,7 +185,7 @@ fn every_metric_of_the_catalogue_arrives_in_its_form_by_both_protocols() {
 }
 
 #[test]
-fn no_metric_arrives_that_is_not_in_the_catalogue() {
+fn no_metric_outside_the_catalogue_arrives() {
     let known: BTreeSet<_> = CATALOGUE.iter().chain([&RETURNED_ROWS]).map(|(name, _)| *name).collect();
     for run in runs() {
         let found: BTreeSet<_> = run.received.metrics.iter().map(|metric| metric.name.as_str()).collect();
@@ -194,7 +194,7 @@ fn no_metric_arrives_that_is_not_in_the_catalogue() {
 }
 
 #[test]
-fn boundaries_hold_the_thresholds_and_those_of_the_conventions() {
+fn boundaries_contain_the_thresholds_and_those_of_the_conventions() {
     let bounds = |name| {
         let [run, _] = runs();
         run.received.metric(name).points[0].bounds.clone()
@@ -211,11 +211,11 @@ fn boundaries_hold_the_thresholds_and_those_of_the_conventions() {
 }
 
 #[test]
-fn prometheus_shows_the_occupancy_by_its_promised_name() {
+fn prometheus_shows_the_occupancy_under_its_documented_name() {
     for run in runs() {
         let whole = run.buckets.iter().find(|line| line.contains("le=\"+Inf\""));
         let count = whole.and_then(|line| line.rsplit(' ').next()).map(str::parse);
-        assert_eq!(count, Some(Ok(told(run, "orders", "batches"))), "{:#?}", run.buckets);
+        assert_eq!(count, Some(Ok(reported(run, "orders", "batches"))), "{:#?}", run.buckets);
         for threshold in ["10", "50", "200", "240"] {
             let label = format!("le=\"{threshold}\"");
             assert!(run.buckets.iter().any(|line| line.contains(&label)), "{:#?}", run.buckets);
@@ -227,7 +227,7 @@ fn prometheus_shows_the_occupancy_by_its_promised_name() {
 fn histograms_count_every_poll_batch() {
     for run in runs() {
         let of_orders = |name| run.received.point(name, &[("entity", "orders")]);
-        let batches = told(run, "orders", "batches");
+        let batches = reported(run, "orders", "batches");
         for name in ["fraiseql_channel_occupancy_rows", "fraiseql.channel.utilization", "fraiseql.chunk.size"]
         {
             assert_eq!(of_orders(name).count as f64, batches, "{name}");
@@ -235,23 +235,23 @@ fn histograms_count_every_poll_batch() {
         assert_eq!(of_orders("fraiseql.chunk.size").sum, 30_000.0);
         let first = of_orders("fraiseql.stream.time_to_first_row");
         assert_eq!(first.count, 1);
-        assert!(first.sum > 0.0 && first.sum < told(run, "orders", "elapsed"));
+        assert!(first.sum > 0.0 && first.sum < reported(run, "orders", "elapsed"));
     }
 }
 
 #[test]
-fn rows_and_bytes_are_those_that_were_read() {
+fn rows_and_bytes_match_those_read() {
     for run in runs() {
         for entity in ["orders", "mixed", "broken"] {
             for (outcome, figure) in [("yielded", "rows"), ("filtered", "filtered"), ("failed", "failed")] {
                 let rows = [("entity", entity), ("outcome", outcome)];
                 let rows = run.received.value("fraiseql.stream.rows", &rows);
-                assert_eq!(rows, told(run, entity, figure), "{outcome} of {entity}");
+                assert_eq!(rows, reported(run, entity, figure), "{outcome} of {entity}");
             }
             let bytes = run.received.value("fraiseql.stream.io", &[("entity", entity)]);
-            assert_eq!(bytes, told(run, entity, "bytes"), "{entity}");
+            assert_eq!(bytes, reported(run, entity, "bytes"), "{entity}");
         }
-        let read = |entity, figures: [&str; 3]| figures.map(|figure| told(run, entity, figure));
+        let read = |entity, figures: [&str; 3]| figures.map(|figure| reported(run, entity, figure));
         let figures = ["rows", "filtered", "failed"];
         assert_eq!(read("orders", figures), [30_000.0, 0.0, 0.0]);
         assert_eq!(read("mixed", figures), [40.0, 50.0, 10.0]);
@@ -260,28 +260,28 @@ fn rows_and_bytes_are_those_that_were_read() {
 }
 
 #[test]
-fn times_add_up_to_the_streams_life() {
+fn times_add_up_to_the_lifetime_of_the_stream() {
     for run in runs() {
         for entity in ["orders", "mixed", "broken"] {
             let seconds = |name, state| run.received.value(name, &[("entity", entity), ("state", state)]);
-            let elapsed = told(run, entity, "elapsed");
+            let elapsed = reported(run, entity, "elapsed");
             let states = STATES.map(|state| seconds("fraiseql.stream.time", state));
             assert!(about(states.iter().sum(), elapsed), "{entity}: {states:?} of {elapsed}");
-            let own = STATES.map(|state| run.told[entity]["time"][state].as_f64().unwrap());
+            let own = STATES.map(|state| run.reported[entity]["time"][state].as_f64().unwrap());
             for (state, (spent, own)) in STATES.iter().zip(states.into_iter().zip(own)) {
                 assert!((spent - own).abs() < 0.01 * elapsed, "{state} of {entity}: {spent}, {own}");
             }
-            // What decoding has of the time in which rows were held is sampled; the whole of it is exact.
+            // The split between decoding and consumer is sampled; their sum is exact.
             let held = |times: [f64; 5]| [times[0], times[1], times[2] + times[3], times[4]];
             for (spent, own) in held(states).into_iter().zip(held(own)) {
                 assert!((spent - own).abs() < 1e-6, "{entity}: {states:?}, {own}");
             }
             for state in ["source", "room"] {
                 let spent = seconds("fraiseql.producer.time", state);
-                assert!(about(spent, told(run, entity, state)), "{state} of {entity}: {spent}");
+                assert!(about(spent, reported(run, entity, state)), "{state} of {entity}: {spent}");
             }
             let backlog = run.received.value("fraiseql.channel.backlog.time", &[("entity", entity)]);
-            assert!(about(backlog, told(run, entity, "backlog")), "{entity}: {backlog}");
+            assert!(about(backlog, reported(run, entity, "backlog")), "{entity}: {backlog}");
             let operations =
                 run.received.point("db.client.operation.duration", &[("db.collection.name", entity)]);
             assert_eq!(operations.count, 1);
@@ -291,14 +291,14 @@ fn times_add_up_to_the_streams_life() {
 }
 
 #[test]
-fn streams_are_counted_by_how_they_ended() {
+fn streams_are_counted_by_outcome() {
     for run in runs() {
         let ended = run.received.metric("fraiseql.stream.ended");
         let end = |point: &Point| {
-            let word = |key| point.attributes.get(key).and_then(Value::as_str).unwrap_or("");
-            format!("{} {} {}: {}", word("entity"), word("outcome"), word("error.type"), point.value.unwrap())
+            let text = |key| point.attributes.get(key).and_then(Value::as_str).unwrap_or("");
+            format!("{} {} {}: {}", text("entity"), text("outcome"), text("error.type"), point.value.unwrap())
         };
-        // The others are there, at zero.
+        // The other series are exported at zero.
         let some = ended.points.iter().filter(|point| point.value != Some(0.0));
         let ends: BTreeSet<_> = some.map(end).collect();
         let expected = [
@@ -314,7 +314,7 @@ fn streams_are_counted_by_how_they_ended() {
 }
 
 #[test]
-fn sums_never_go_back_from_one_export_to_the_next() {
+fn sums_never_decrease_from_one_export_to_the_next() {
     for run in runs() {
         let mut last = BTreeMap::new();
         let sums = run.received.metrics.iter().filter(|metric| metric.monotonic);
@@ -333,7 +333,7 @@ fn sums_never_go_back_from_one_export_to_the_next() {
 }
 
 #[test]
-fn database_metrics_name_the_server_and_the_error() {
+fn database_metrics_have_the_server_and_the_error() {
     for run in runs() {
         for name in ["db.client.operation.duration", "db.client.response.returned_rows"] {
             let point = run.received.point(name, &[("db.collection.name", "broken")]);
@@ -351,7 +351,7 @@ fn database_metrics_name_the_server_and_the_error() {
 }
 
 #[test]
-fn levels_show_what_lives_and_are_zero_when_nothing_does() {
+fn levels_count_live_streams_and_are_zero_without_any() {
     const LEVELS: [&str; 6] = [
         "fraiseql.channel.row.count",
         "fraiseql.channel.row.limit",
@@ -362,14 +362,14 @@ fn levels_show_what_lives_and_are_zero_when_nothing_does() {
     ];
     for run in runs() {
         let held = [("entity", "held")];
-        // The most that any export had.
+        // The maximum over all exports.
         let most = |name: &str| {
             let points = run.received.metrics.iter().filter(|metric| metric.name == name);
             let values = points.filter_map(|metric| metric.point(&held)?.value);
             values.fold(0.0, f64::max)
         };
         let [rows, row_limit, bytes, byte_limit, active, since] = LEVELS.map(most);
-        let held = ["rows", "row_limit", "bytes", "byte_limit"].map(|figure| told(run, "held", figure));
+        let held = ["rows", "row_limit", "bytes", "byte_limit"].map(|figure| reported(run, "held", figure));
         assert_eq!([rows, row_limit, bytes, byte_limit], held);
         assert_eq!(active, 2.0);
         assert!((0.3..0.9).contains(&since), "{since}");
@@ -386,7 +386,7 @@ fn metrics_carry_the_scope_with_its_version() {
     for run in runs() {
         assert!(run.received.metrics.iter().all(|metric| metric.scope == "fraiseql_stream"));
         let scope = format!("InstrumentationScope fraiseql_stream {}", env!("CARGO_PKG_VERSION"));
-        let exports: Vec<_> = run.received.words.split("ScopeMetrics #").skip(1).collect();
+        let exports: Vec<_> = run.received.text.split("ScopeMetrics #").skip(1).collect();
         assert!(!exports.is_empty());
         for metrics in exports {
             assert!(metrics.contains(&scope), "{metrics:.300}");

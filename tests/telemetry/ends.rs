@@ -1,4 +1,4 @@
-//! The first failure is seen: its series is exported at zero before it comes.
+//! The first failure is visible: its series is exported at zero beforehand.
 
 use std::collections::BTreeSet;
 use std::sync::OnceLock;
@@ -13,14 +13,15 @@ use crate::received::Received;
 use crate::scenario::{self, Result, Scenario};
 use crate::servers::{BROKEN, database};
 
-/// In which several exports fall.
+/// Lasts several exports.
 const WHILE: Duration = Duration::from_millis(400);
 
-/// A query that is refused, a name that cannot be one of a relation, and then a stream that fails while its consumer is at work.
+/// Runs a query that is refused, one with a name that no relation can have, and a stream that fails while its consumer
+/// works.
 #[test]
 #[ignore = "a scenario"]
 fn first_failures() -> Result {
-    scenario::play(async {
+    scenario::run_scenario(async {
         let telemetry = otlp::init()?;
         tokio::time::sleep(WHILE).await;
         let mut db = Connection::connect(&scenario::url()).await?;
@@ -36,7 +37,7 @@ fn first_failures() -> Result {
     })
 }
 
-/// The scenario, run once for all tests of this file.
+/// Returns the telemetry of the scenario, which runs once for all tests of this file.
 fn received() -> &'static Received {
     static RECEIVED: OnceLock<Received> = OnceLock::new();
     RECEIVED.get_or_init(|| {
@@ -49,7 +50,7 @@ fn received() -> &'static Received {
     })
 }
 
-/// The points of `fraiseql.stream.ended` with this entity, export by export.
+/// Returns the points of `fraiseql.stream.ended` with this entity, export by export.
 fn exports(entity: &str) -> impl Iterator<Item = Vec<&'static Point>> {
     let ended = received().metrics.iter().filter(|metric| metric.name == "fraiseql.stream.ended");
     let of = move |point: &&Point| point.attributes["entity"] == entity;
@@ -57,46 +58,46 @@ fn exports(entity: &str) -> impl Iterator<Item = Vec<&'static Point>> {
     exports.filter(|points| !points.is_empty())
 }
 
-/// The values of a series, export by export.
+/// Returns the values of a series, export by export.
 fn values(entity: &str, error_type: &str) -> Vec<f64> {
     let of = |point: &&Point| point.attributes.get("error.type").is_some_and(|found| found == error_type);
     let values = exports(entity).map(|points| points.into_iter().find(of).and_then(|point| point.value));
-    values.map(|value| value.expect("a series that is there from the start")).collect()
+    values.map(|value| value.expect("the series is exported from the start")).collect()
 }
 
-fn word<'a>(point: &'a Point, attribute: &str) -> &'a str {
+fn text<'a>(point: &'a Point, attribute: &str) -> &'a str {
     point.attributes.get(attribute).and_then(Value::as_str).unwrap_or("-")
 }
 
-/// Whether values begin at zero, and are one from some export on.
+/// Whether values start at zero, and are one from some export on.
 fn step(values: &[f64]) -> bool {
     let before = values.iter().take_while(|value| **value == 0.0).count();
     before > 0 && before < values.len() && values[before..].iter().all(|value| *value == 1.0)
 }
 
 #[test]
-fn the_first_failure_of_an_entity_is_a_step_from_zero_to_one() {
+fn first_failure_of_an_entity_is_a_step_from_zero_to_one() {
     let values = values("broken", "query");
     assert!(step(&values), "{values:?}");
 }
 
 #[test]
-fn the_first_refusal_is_a_step_from_zero_to_one() {
+fn first_refusal_is_a_step_from_zero_to_one() {
     let values = values("_REFUSED", "query");
     assert!(step(&values), "{values:?}");
 }
 
 #[test]
-fn a_name_that_is_none_is_counted_without_being_sent() {
+fn invalid_name_is_counted_without_being_sent() {
     let values = values("_REFUSED", "config");
     assert!(step(&values), "{values:?}");
 }
 
 #[test]
-fn an_entity_has_a_series_for_every_way_to_end_from_its_first_export_on() {
+fn entity_has_a_series_for_every_outcome_from_its_first_export_on() {
     let all = |entity: &str| {
         let first = exports(entity).next().expect("an export");
-        let series = |point: &Point| format!("{} {}", word(point, "outcome"), word(point, "error.type"));
+        let series = |point: &Point| format!("{} {}", text(point, "outcome"), text(point, "error.type"));
         first.iter().map(|point| series(point)).collect::<BTreeSet<_>>()
     };
     let set = |series: &[&str]| series.iter().map(ToString::to_string).collect::<BTreeSet<_>>();

@@ -1,4 +1,4 @@
-//! Entities by the thousand, and names that are none: the series stay within bounds.
+//! Thousands of entities and of refused names: the number of series stays bounded.
 
 use std::collections::BTreeSet;
 
@@ -12,16 +12,16 @@ use crate::scenario::{self, Result, Scenario};
 use crate::servers::{Database, database, table};
 
 const ENTITIES: usize = 1_010;
-/// Where the series of new entities end.
+/// The number of entities that have their own series.
 const MOST: usize = 1_000;
-/// Of names that Postgres refuses.
+/// The number of names that Postgres refuses.
 const GUESSES: usize = 1_100;
 
-/// Reads a row of each. Those beyond `MOST` have schemas of their own.
+/// Reads a row of each entity. Each entity beyond `MOST` has its own schema.
 #[test]
 #[ignore = "a scenario"]
 fn more_than_a_thousand() -> Result {
-    scenario::play(async {
+    scenario::run_scenario(async {
         let telemetry = otlp::init()?;
         let mut db = Connection::builder(&scenario::url()).poll_spans(PollSpans::Off).connect().await?;
         for number in 1..=ENTITIES {
@@ -33,14 +33,14 @@ fn more_than_a_thousand() -> Result {
     })
 }
 
-/// The values of `entity` that a metric has. An overflow of the SDK would have none.
+/// Returns the values of `entity` in a metric. The overflow series of the SDK would have none.
 fn entities(metric: &Metric) -> BTreeSet<&str> {
     let key = if metric.name.starts_with("db.") { "db.collection.name" } else { "entity" };
     let values = metric.points.iter().map(|point| point.attributes.get(key).and_then(Value::as_str));
     values.map(|value| value.unwrap_or_else(|| panic!("{} has a point without {key}", metric.name))).collect()
 }
 
-/// The values of `db.namespace` beside an entity.
+/// Returns the values of `db.namespace` for an entity.
 fn namespaces<'a>(received: &'a Received, entity: &str) -> BTreeSet<&'a str> {
     let metric = received.metric("db.client.operation.duration");
     let points = metric.points.iter().filter(|point| point.attributes["db.collection.name"] == entity);
@@ -48,7 +48,7 @@ fn namespaces<'a>(received: &'a Received, entity: &str) -> BTreeSet<&'a str> {
 }
 
 #[test]
-fn beyond_a_thousand_entities_new_ones_share_their_series_and_one_line_says_so() {
+fn entities_beyond_a_thousand_share_their_series_and_one_line_is_logged() {
     let database = database(&format!(
         "DO $$ DECLARE schema text := ''; BEGIN FOR i IN 1..{ENTITIES} LOOP
            IF i > {MOST} THEN
@@ -70,7 +70,7 @@ fn beyond_a_thousand_entities_new_ones_share_their_series_and_one_line_says_so()
     assert_eq!(received.value("fraiseql.stream.rows", &rows), (ENTITIES - MOST) as f64);
     for metric in &received.metrics {
         let mut entities = entities(metric);
-        // It has a series from the start.
+        // Exported from the start.
         entities.remove("_REFUSED");
         assert_eq!(entities.len(), MOST + 1, "{}", metric.name);
         assert!(entities.contains("_OTHER"), "{}", metric.name);
@@ -78,11 +78,11 @@ fn beyond_a_thousand_entities_new_ones_share_their_series_and_one_line_says_so()
     assert_eq!(namespaces(&received, "_OTHER"), namespaces(&received, "entity_1"));
 }
 
-/// Is asked for names that are none, as a service is by a scanner, and then for a table of its own.
+/// Queries names that do not exist, as a service does when it is scanned, and then a table.
 #[test]
 #[ignore = "a scenario"]
 fn guesses() -> Result {
-    scenario::play(async {
+    scenario::run_scenario(async {
         let telemetry = otlp::init()?;
         let mut db = Connection::connect(&scenario::url()).await?;
         for number in 1..=std::env::var("GUESSES")?.parse()? {
@@ -104,7 +104,7 @@ fn after_guesses(database: &Database, guesses: usize) -> Received {
 }
 
 #[test]
-fn names_that_are_refused_make_no_series_and_push_no_entity_out() {
+fn refused_names_add_no_series_and_displace_no_entity() {
     let database = database(&table("orders", 10));
     let [few, many] = [1, GUESSES].map(|guesses| after_guesses(&database, guesses));
     let series = |received: &Received| {

@@ -1,4 +1,4 @@
-//! The `OTEL_*` variables: each does what the specification says, and nonsense costs one line.
+//! The `OTEL_*` variables: each has the effect given by the specification, and an invalid value causes one warning.
 
 use backends::{Collector, Span};
 use fraiseql_stream::{Connection, RawJson, otlp};
@@ -12,14 +12,14 @@ use crate::servers::{Database, database, table};
 const SCENARIO: &str = "environment::one_stream";
 const HTTP: &str = "http/protobuf";
 
-/// Reads one entity to its end; what can't be delivered is told.
+/// Reads one entity to its end; reports what could not be delivered.
 #[test]
 #[ignore = "a scenario"]
 fn one_stream() -> Result {
-    scenario::play(async {
+    scenario::run_scenario(async {
         let telemetry = otlp::init()?;
-        if let Ok(words) = std::env::var("WARNING") {
-            tracing::warn!("{words}");
+        if let Ok(warning) = std::env::var("WARNING") {
+            tracing::warn!("{warning}");
         }
         let mut db = Connection::connect(&scenario::url()).await?;
         let mut orders = db.query::<RawJson>("orders").stream().await?;
@@ -27,7 +27,7 @@ fn one_stream() -> Result {
         let rows = orders.stats().rows;
         drop(orders);
         let shutdown = telemetry.shutdown().await.err().map(|error| error.to_string());
-        scenario::tell(&json!({"rows": rows, "shutdown": shutdown}));
+        scenario::report(&json!({"rows": rows, "shutdown": shutdown}));
         Ok(())
     })
 }
@@ -36,7 +36,7 @@ fn orders() -> Database {
     database(&table("orders", 1_000))
 }
 
-/// Runs the scenario with a collector of its own, to which it sends by HTTP unless a variable says otherwise.
+/// Runs the scenario with a new collector, to which it exports by HTTP unless a variable changes that.
 fn run(set: &[(&str, &str)]) -> (Outcome, Received) {
     let collector = Collector::start().expect("a collector");
     let mut scenario = Scenario::new(SCENARIO, &orders()).to(&collector, HTTP);
@@ -44,37 +44,37 @@ fn run(set: &[(&str, &str)]) -> (Outcome, Received) {
         scenario = scenario.set(variable, value);
     }
     let outcome = scenario.run();
-    assert_eq!(outcome.told["rows"], 1_000);
+    assert_eq!(outcome.reported["rows"], 1_000);
     (outcome, Received::by(&collector))
 }
 
-/// What the console exporters print for each signal.
+/// A text that the console exporter of each signal prints.
 const CONSOLE: [(&str, &str); 3] =
     [("TRACES", "SELECT orders"), ("METRICS", "fraiseql.stream.rows"), ("LOGS", "stream started")];
 
-/// Whether traces, metrics and logs came.
+/// Whether traces, metrics and logs arrived.
 fn signals(received: &Received) -> [bool; 3] {
     [!received.spans.is_empty(), !received.metrics.is_empty(), !received.logs.is_empty()]
 }
 
 #[test]
-fn without_a_protocol_telemetry_goes_by_http() {
+fn default_protocol_is_http() {
     let collector = Collector::start().unwrap();
     let scenario = Scenario::new(SCENARIO, &orders());
     let outcome = scenario.set("OTEL_EXPORTER_OTLP_ENDPOINT", &collector.http_endpoint()).run();
-    assert_eq!((outcome.stderr.as_str(), &outcome.told["shutdown"]), ("", &Value::Null));
+    assert_eq!((outcome.stderr.as_str(), &outcome.reported["shutdown"]), ("", &Value::Null));
     assert_eq!(signals(&Received::by(&collector)), [true; 3]);
 }
 
 #[test]
-fn a_disabled_sdk_sends_nothing() {
+fn disabled_sdk_exports_nothing() {
     let (outcome, received) = run(&[("OTEL_SDK_DISABLED", "True")]);
     assert!(received.is_empty(), "{:?}", signals(&received));
     assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("", ""));
 }
 
 #[test]
-fn each_signal_can_be_left_out() {
+fn each_signal_can_be_disabled() {
     for (index, (signal, _)) in CONSOLE.iter().enumerate() {
         let (outcome, received) = run(&[(&format!("OTEL_{signal}_EXPORTER"), "none")]);
         let mut expected = [true; 3];
@@ -85,20 +85,20 @@ fn each_signal_can_be_left_out() {
 }
 
 #[test]
-fn warnings_reach_standard_error_whatever_is_left_out() {
+fn warnings_reach_standard_error_whatever_is_disabled() {
     let variables = CONSOLE.map(|(signal, _)| format!("OTEL_{signal}_EXPORTER"));
     let none = variables.each_ref().map(|variable| (variable.as_str(), "none"));
-    for left_out in [&none[..], &none[..1], &none[1..], &none[2..], &[("OTEL_SDK_DISABLED", "true")]] {
+    for disabled in [&none[..], &none[..1], &none[1..], &none[2..], &[("OTEL_SDK_DISABLED", "true")]] {
         let warning = [("WARNING", "a warning of the service")];
-        let (outcome, _) = run(&[left_out, &warning[..]].concat());
-        assert_eq!(outcome.warnings().len(), 1, "{left_out:?}: {}", outcome.stderr);
+        let (outcome, _) = run(&[disabled, &warning[..]].concat());
+        assert_eq!(outcome.warnings().len(), 1, "{disabled:?}: {}", outcome.stderr);
         assert!(outcome.stderr.ends_with("a warning of the service\n"), "{}", outcome.stderr);
     }
 }
 
 #[test]
-fn each_signal_can_be_printed_instead_or_as_well() {
-    let printed = |outcome: &Outcome| CONSOLE.map(|(_, words)| outcome.stdout.contains(words));
+fn each_signal_can_be_printed_instead_or_in_addition() {
+    let printed = |outcome: &Outcome| CONSOLE.map(|(_, text)| outcome.stdout.contains(text));
     let (outcome, received) =
         run(&[("OTEL_TRACES_EXPORTER", "console"), ("OTEL_METRICS_EXPORTER", "otlp,console")]);
     assert_eq!(printed(&outcome), [true, true, false]);
@@ -109,7 +109,7 @@ fn each_signal_can_be_printed_instead_or_as_well() {
 }
 
 #[test]
-fn each_signal_can_have_an_endpoint_and_a_protocol_of_its_own() {
+fn each_signal_can_have_its_own_endpoint_and_protocol() {
     let (one, other) = (Collector::start().unwrap(), Collector::start().unwrap());
     let outcome = Scenario::new(SCENARIO, &orders())
         .to(&one, HTTP)
@@ -117,13 +117,13 @@ fn each_signal_can_have_an_endpoint_and_a_protocol_of_its_own() {
         .set("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", &other.grpc_endpoint())
         .set("OTEL_EXPORTER_OTLP_LOGS_PROTOCOL", "grpc")
         .run();
-    assert_eq!((outcome.stderr.as_str(), &outcome.told["shutdown"]), ("", &Value::Null));
+    assert_eq!((outcome.stderr.as_str(), &outcome.reported["shutdown"]), ("", &Value::Null));
     assert_eq!(signals(&Received::by(&one)), [false, true, false]);
     assert_eq!(signals(&Received::by(&other)), [true, false, true]);
 }
 
 #[test]
-fn spans_that_are_not_sampled_are_not_sent_and_all_else_is() {
+fn only_spans_are_left_out_by_sampling() {
     for sampler in ["always_off", "parentbased_always_off", "TraceIdRatio"] {
         let (outcome, received) = run(&[("OTEL_TRACES_SAMPLER", sampler), ("OTEL_TRACES_SAMPLER_ARG", "0")]);
         assert_eq!(signals(&received), [false, true, true], "{sampler}");
@@ -132,7 +132,7 @@ fn spans_that_are_not_sampled_are_not_sent_and_all_else_is() {
 }
 
 #[test]
-fn the_resource_is_named_and_its_attributes_are_decoded() {
+fn resource_has_the_name_and_the_decoded_attributes() {
     let (outcome, received) = run(&[
         ("OTEL_SERVICE_NAME", "the shop"),
         (
@@ -154,21 +154,25 @@ fn the_resource_is_named_and_its_attributes_are_decoded() {
             assert_eq!(resource.get(attribute), Some(&json!(value)), "{attribute}");
         }
     }
+    let ids = received.spans.iter().map(|span| span.resource["service.instance.id"].to_string());
+    let ids: std::collections::BTreeSet<_> = ids.collect();
+    // A UUID in quotes.
+    assert!(ids.len() == 1 && ids.iter().all(|id| id.len() == 38 && &id[15..16] == "4"), "{ids:?}");
     let scope = format!("InstrumentationScope fraiseql_stream {}", env!("CARGO_PKG_VERSION"));
-    let traces = received.words.split("ScopeSpans #").nth(1).unwrap_or_default();
+    let traces = received.text.split("ScopeSpans #").nth(1).unwrap_or_default();
     assert!(traces.contains(&scope), "{traces:.300}");
 }
 
 #[test]
-fn a_service_name_can_stand_among_the_attributes() {
+fn service_name_can_be_one_of_the_attributes() {
     let (_, received) = run(&[("OTEL_RESOURCE_ATTRIBUTES", "service.name=the shop")]);
     let name = |span: &Span| span.resource.get("service.name").cloned();
     assert_eq!(name(received.query("orders")), Some(json!("the shop")));
 }
 
 #[test]
-fn nonsense_costs_one_line_each_and_the_default_works() {
-    let nonsense = [
+fn each_invalid_value_causes_one_warning_and_the_default_is_used() {
+    let invalid = [
         ("OTEL_SDK_DISABLED", "perhaps"),
         ("OTEL_TRACES_EXPORTER", "carrier-pigeon"),
         ("OTEL_METRICS_EXPORTER", "otlp,smoke"),
@@ -183,19 +187,19 @@ fn nonsense_costs_one_line_each_and_the_default_works() {
         ("OTEL_METRIC_EXPORT_INTERVAL", "0"),
         ("OTEL_RESOURCE_ATTRIBUTES", "team=a%zz"),
     ];
-    let (outcome, received) = run(&nonsense);
-    for (variable, value) in nonsense {
+    let (outcome, received) = run(&invalid);
+    for (variable, value) in invalid {
         let about = |line: &&&str| line.contains(&format!("{variable}={value:?}"));
         let lines = outcome.warnings();
         assert_eq!(lines.iter().filter(about).count(), 1, "{variable}\n{}", outcome.stderr);
     }
-    assert_eq!(outcome.warnings().len(), nonsense.len(), "{}", outcome.stderr);
-    assert_eq!((signals(&received), &outcome.told["shutdown"]), ([true; 3], &Value::Null));
+    assert_eq!(outcome.warnings().len(), invalid.len(), "{}", outcome.stderr);
+    assert_eq!((signals(&received), &outcome.reported["shutdown"]), ([true; 3], &Value::Null));
     assert!(!received.query("orders").resource.contains_key("team"));
 }
 
 #[test]
-fn an_endpoint_that_is_no_url_costs_one_line_and_is_replaced_by_the_default() {
+fn invalid_endpoint_causes_one_warning_and_the_default_is_used() {
     for (variable, lost) in [
         ("OTEL_EXPORTER_OTLP_ENDPOINT", [false, false, false]),
         ("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", [true, true, false]),

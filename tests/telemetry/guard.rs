@@ -1,11 +1,13 @@
-//! The guard: it flushes everything on every runtime, and never takes longer than it may.
+//! The guard flushes everything on every runtime, and keeps its timeout.
 
+use std::error::Error as _;
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use backends::{Collector, Postgres};
 use fraiseql_stream::{Connection, JsonStream, RawJson, otlp};
 use futures_util::StreamExt;
+use opentelemetry_sdk::error::OTelSdkError;
 use serde_json::{Value, json};
 
 use crate::received::{Received, text};
@@ -14,14 +16,14 @@ use crate::servers::{Database, SILENT, database, table};
 
 const PROTOCOLS: [&str; 2] = ["http/protobuf", "grpc"];
 const RUNTIMES: [&str; 2] = ["current_thread", "one_worker"];
-/// What the guard may take beside its timeout, in seconds, on a machine that is busy with other tests.
+/// The time in seconds that the guard may exceed its timeout by on a machine that is busy with other tests.
 const GRACE: f64 = 0.7;
 
-/// Streams and ends telemetry as the variables say; tells how that went.
+/// Streams and ends telemetry as given by the variables; reports the result and the time it took.
 #[test]
 #[ignore = "a scenario"]
 fn an_ending() -> Result {
-    scenario::play(async {
+    scenario::run_scenario(async {
         let mut telemetry = otlp::init()?;
         if let Ok(seconds) = std::env::var("TIMEOUT") {
             telemetry = telemetry.with_timeout(Duration::from_secs_f64(seconds.parse()?));
@@ -31,23 +33,31 @@ fn an_ending() -> Result {
             let mut silent = db.query::<RawJson>("silent").stream().await?;
             let waited = tokio::time::timeout(Duration::from_millis(100), silent.next()).await;
             assert!(waited.is_err());
-            if std::env::var_os("LISTENS").is_some() {
-                scenario::say("in flight");
-                scenario::listen();
+            if std::env::var_os("WAITS").is_some() {
+                scenario::announce("in flight");
+                scenario::wait_for_resume();
             }
         } else {
             let orders = db.query::<RawJson>("orders").stream().await?;
             read(orders).await;
         }
-        // From here on nothing is awaited but the guard.
+        // From here on, only the guard is awaited.
         let begun = Instant::now();
         let error = if std::env::var_os("DROPPED").is_some() {
             drop(telemetry);
             None
         } else {
-            telemetry.shutdown().await.err().map(|error| error.to_string())
+            telemetry.shutdown().await.err()
         };
-        scenario::tell(&json!({"error": error, "took": begun.elapsed().as_secs_f64()}));
+        let took = begun.elapsed().as_secs_f64();
+        let kind = error.as_ref().map(|error| format!("{:?}", error.kind()));
+        let has_source = error.as_ref().map(|error| error.source().is_some());
+        let cause = error.as_ref().and_then(otlp::ShutdownError::get_ref);
+        let is_sdk_error = cause.is_some_and(<dyn std::error::Error + Send + Sync>::is::<OTelSdkError>);
+        let error = error.map(|error| error.to_string());
+        scenario::report(&json!({
+            "error": error, "kind": kind, "has_source": has_source, "is_sdk_error": is_sdk_error, "took": took
+        }));
         Ok(())
     })
 }
@@ -60,11 +70,11 @@ async fn read<C: Unpin>(mut rows: JsonStream<RawJson, C>) {
     assert_eq!(read, 1_000);
 }
 
-/// Shuts telemetry down while the runtime has other work.
+/// Shuts telemetry down while the runtime runs another task.
 #[test]
 #[ignore = "a scenario"]
 fn a_busy_ending() -> Result {
-    scenario::play(async {
+    scenario::run_scenario(async {
         let telemetry = otlp::init()?.with_timeout(Duration::from_secs(2));
         let mut db = Connection::connect(&scenario::url()).await?;
         read(db.query("orders").stream().await?).await;
@@ -73,13 +83,13 @@ fn a_busy_ending() -> Result {
             loop {
                 tokio::time::sleep(Duration::from_millis(10)).await;
                 ticks += 1;
-                scenario::say(&format!("tick {ticks}"));
+                scenario::announce(&format!("tick {ticks}"));
             }
         });
         let begun = Instant::now();
         let error = telemetry.shutdown().await.err().map(|error| error.to_string());
         ticks.abort();
-        scenario::tell(&json!({"error": error, "took": begun.elapsed().as_secs_f64()}));
+        scenario::report(&json!({"error": error, "took": begun.elapsed().as_secs_f64()}));
         Ok(())
     })
 }
@@ -89,11 +99,11 @@ fn tables() -> Database {
 }
 
 fn took(outcome: &Outcome) -> f64 {
-    outcome.told["took"].as_f64().expect("it was told")
+    outcome.reported["took"].as_f64().expect("it was reported")
 }
 
-/// All that one stream leaves behind is there.
-fn is_whole(received: &Received, case: &str) {
+/// Asserts that all telemetry of one stream arrived.
+fn assert_complete(received: &Received, case: &str) {
     let query = received.query("orders");
     assert!(!received.below(query, "poll_batch").is_empty(), "{case}");
     let rows = [("entity", "orders"), ("outcome", "yielded")];
@@ -102,7 +112,7 @@ fn is_whole(received: &Received, case: &str) {
     assert!(received.logs.iter().any(|log| log.body == started), "{case}");
 }
 
-fn flushes(ending: &[(&str, &str)]) {
+fn assert_flushed(ending: &[(&str, &str)]) {
     let database = tables();
     for protocol in PROTOCOLS {
         for runtime in RUNTIMES {
@@ -113,33 +123,33 @@ fn flushes(ending: &[(&str, &str)]) {
                 scenario = scenario.set(variable, value);
             }
             let outcome = scenario.on(runtime).run();
-            assert_eq!((&outcome.told["error"], outcome.stderr.as_str()), (&Value::Null, ""), "{case}");
+            assert_eq!((&outcome.reported["error"], outcome.stderr.as_str()), (&Value::Null, ""), "{case}");
             assert!(took(&outcome) < 2.0, "{case}: {} s", took(&outcome));
-            is_whole(&Received::by(&collector), &case);
+            assert_complete(&Received::by(&collector), &case);
         }
     }
 }
 
 #[test]
 fn shutdown_flushes_everything_on_every_runtime_by_both_protocols() {
-    flushes(&[]);
+    assert_flushed(&[]);
 }
 
 #[test]
-fn dropping_the_guard_flushes_everything_as_well() {
-    flushes(&[("DROPPED", "")]);
+fn dropped_guard_flushes_everything() {
+    assert_flushed(&[("DROPPED", "")]);
 }
 
 fn ends_in_flight(runtime: &str, ending: (&str, &str)) -> Received {
     let collector = Collector::start().expect("a collector");
     let scenario = Scenario::new("guard::an_ending", &tables()).to(&collector, PROTOCOLS[0]);
     let outcome = scenario.set("IN_FLIGHT", "").set(ending.0, ending.1).on(runtime).run();
-    assert_eq!((&outcome.told["error"], outcome.stderr.as_str()), (&Value::Null, ""));
+    assert_eq!((&outcome.reported["error"], outcome.stderr.as_str()), (&Value::Null, ""));
     Received::by(&collector)
 }
 
 #[test]
-fn a_stream_that_is_dropped_just_before_shutdown_is_not_forgotten() {
+fn stream_dropped_just_before_shutdown_is_counted_and_has_its_span() {
     for runtime in RUNTIMES {
         let received = ends_in_flight(runtime, ("TIMEOUT", "5"));
         let ended = [("entity", "silent"), ("outcome", "dropped")];
@@ -148,9 +158,9 @@ fn a_stream_that_is_dropped_just_before_shutdown_is_not_forgotten() {
     }
 }
 
-/// Its span may be lost: a drop cannot wait for the cancel.
+/// Its span may be lost, since a drop cannot wait for the cancel.
 #[test]
-fn a_stream_that_is_dropped_just_before_the_guard_is_counted() {
+fn stream_dropped_just_before_the_guard_is_counted() {
     for runtime in RUNTIMES {
         let received = ends_in_flight(runtime, ("DROPPED", ""));
         let ended = [("entity", "silent"), ("outcome", "dropped")];
@@ -159,7 +169,7 @@ fn a_stream_that_is_dropped_just_before_the_guard_is_counted() {
     }
 }
 
-/// An endpoint where nobody listens.
+/// Returns an endpoint without a listener.
 fn closed_port() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = listener.local_addr().expect("its address");
@@ -178,9 +188,9 @@ fn ends_at(endpoint: &str, protocol: &str, ending: &[(&str, &str)]) -> Outcome {
         .run()
 }
 
-/// The error names what was lost and where to, and the log has exactly one line on it.
-fn tells_what_was_lost(outcome: &Outcome, endpoint: &str, case: &str) {
-    let error = outcome.told["error"].as_str().unwrap_or_default();
+/// Asserts that the error names the lost signals and the endpoint, and that exactly one line is logged.
+fn assert_loss_is_reported(outcome: &Outcome, endpoint: &str, case: &str) {
+    let error = outcome.reported["error"].as_str().unwrap_or_default();
     for part in ["traces", "metrics", "logs", endpoint] {
         assert!(error.contains(part), "{case}: {error}");
     }
@@ -189,16 +199,23 @@ fn tells_what_was_lost(outcome: &Outcome, endpoint: &str, case: &str) {
 }
 
 #[test]
-fn shutdown_is_quick_when_the_collector_is_down() {
+fn shutdown_is_quick_if_the_collector_is_down() {
     for protocol in PROTOCOLS {
         let endpoint = closed_port();
         let outcome = ends_at(&endpoint, protocol, &[]);
         assert!(took(&outcome) < 3.0, "{protocol}: {} s", took(&outcome));
-        tells_what_was_lost(&outcome, &endpoint, protocol);
+        assert_loss_is_reported(&outcome, &endpoint, protocol);
+        assert_eq!(
+            (&outcome.reported["kind"], &outcome.reported["is_sdk_error"]),
+            (&json!("Export"), &json!(true))
+        );
+        let error = outcome.reported["error"].as_str().unwrap_or_default();
+        assert!(error.contains("Connection refused") && !error.contains('\n'), "{protocol}: {error}");
+        assert_eq!(outcome.reported["has_source"], json!(false), "the text includes the cause");
     }
 }
 
-/// A place where connections are accepted, by the kernel, and never answered.
+/// Returns an endpoint where the kernel accepts connections and no one answers.
 fn black_hole() -> (TcpListener, String) {
     let hole = TcpListener::bind("127.0.0.1:0").expect("a port");
     let endpoint = format!("http://{}", hole.local_addr().expect("its address"));
@@ -206,20 +223,21 @@ fn black_hole() -> (TcpListener, String) {
 }
 
 #[test]
-fn shutdown_keeps_its_timeout_when_the_collector_is_a_black_hole() {
+fn shutdown_keeps_its_timeout_if_the_collector_is_a_black_hole() {
     let (_hole, endpoint) = black_hole();
     for (protocol, timeout) in [(PROTOCOLS[0], 1.0), (PROTOCOLS[1], 1.0), (PROTOCOLS[0], 5.0)] {
         let set = timeout.to_string();
-        // Five seconds are the default.
+        // The default is five seconds.
         let set = Some(("TIMEOUT", set.as_str())).filter(|_| timeout < 5.0);
         let outcome = ends_at(&endpoint, protocol, set.as_slice());
         assert!(took(&outcome) < timeout + GRACE, "{protocol}: {} s", took(&outcome));
-        tells_what_was_lost(&outcome, &endpoint, protocol);
+        assert_loss_is_reported(&outcome, &endpoint, protocol);
+        assert_eq!(outcome.reported["kind"], json!("Timeout"), "{protocol}: {}", outcome.reported["error"]);
     }
 }
 
 #[test]
-fn a_dropped_guard_keeps_its_timeout_when_the_collector_is_a_black_hole() {
+fn dropped_guard_keeps_its_timeout_if_the_collector_is_a_black_hole() {
     let (_hole, endpoint) = black_hole();
     for protocol in PROTOCOLS {
         let outcome = ends_at(&endpoint, protocol, &[("DROPPED", ""), ("TIMEOUT", "1")]);
@@ -228,9 +246,9 @@ fn a_dropped_guard_keeps_its_timeout_when_the_collector_is_a_black_hole() {
     }
 }
 
-/// Then even the cancel of a stream that was just dropped gets no answer.
+/// The cancel of a stream that was just dropped gets no answer either.
 #[test]
-fn shutdown_keeps_its_timeout_when_postgres_hangs_as_well() {
+fn shutdown_keeps_its_timeout_if_postgres_hangs_as_well() {
     let (_hole, endpoint) = black_hole();
     let server = Postgres::start().unwrap();
     server.psql("postgres", SILENT).unwrap();
@@ -239,11 +257,11 @@ fn shutdown_keeps_its_timeout_when_postgres_hangs_as_well() {
         .set("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint)
         .set("TIMEOUT", "4")
         .set("IN_FLIGHT", "")
-        .set("LISTENS", "")
+        .set("WAITS", "")
         .start();
     running.wait_for("in flight");
     signal(&server, "STOP");
-    running.go_on();
+    running.resume();
     let outcome = running.finish();
     signal(&server, "CONT");
     assert!(took(&outcome) < 4.0 + GRACE, "{} s", took(&outcome));
@@ -255,12 +273,12 @@ fn signal(server: &Postgres, name: &str) {
 }
 
 #[test]
-fn shutdown_leaves_the_runtime_to_other_tasks() {
+fn shutdown_does_not_block_the_runtime() {
     let (_hole, endpoint) = black_hole();
     let scenario = Scenario::new("guard::a_busy_ending", &tables());
     let scenario = scenario.set("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint).on("current_thread");
     let mut running = scenario.start();
-    // A second of them at least.
+    // At least 0.8 s of ticks.
     running.wait_for("tick 80");
-    assert!(!running.finish().told["error"].is_null());
+    assert!(!running.finish().reported["error"].is_null());
 }

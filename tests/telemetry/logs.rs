@@ -1,4 +1,4 @@
-//! Log records: a stream's start and its heartbeat, which tell of a stream whose span is not there yet.
+//! Log records: the start of a stream and its heartbeat, which report a stream whose span has not ended yet.
 
 use std::time::Duration;
 
@@ -12,16 +12,16 @@ use crate::received::{Received, seconds};
 use crate::scenario::{self, Result, Scenario};
 use crate::servers::{SILENT, database, table};
 
-/// A heartbeat comes every 30 s.
+/// Longer than the interval of heartbeats, 30 s.
 const LIFE: Duration = Duration::from_secs(31);
-/// A stream that is dropped so late is being cancelled when its heartbeat would come.
+/// A stream dropped at this time is being cancelled when its heartbeat is due.
 const ALMOST: Duration = Duration::from_millis(27_500);
 
-/// A stream whose consumer holds the first chunk for longer than a heartbeat, beside two that are over by then.
+/// Runs a stream whose consumer holds the first chunk until after a heartbeat, and two that end before.
 #[test]
 #[ignore = "a scenario"]
 fn long_streams() -> Result {
-    scenario::play(async {
+    scenario::run_scenario(async {
         let telemetry = otlp::init()?;
         let start = Instant::now();
         let mut db = Connection::connect(&scenario::url()).await?;
@@ -35,7 +35,7 @@ fn long_streams() -> Result {
 
         tokio::time::sleep_until(start + LIFE).await;
         let stats = orders.stats();
-        scenario::tell(&json!({"rows": stats.rows, "bytes": stats.bytes, "buffered": stats.buffered_rows}));
+        scenario::report(&json!({"rows": stats.rows, "bytes": stats.bytes, "buffered": stats.buffered_rows}));
         orders.close().await?;
         read.close().await?;
         Ok(telemetry.shutdown().await?)
@@ -52,12 +52,12 @@ async fn cancel_for_long(start: Instant) -> Result {
     drop(silent);
     tokio::time::sleep_until(start + LIFE).await;
     assert!(send_signal("CONT", pid));
-    // Returns when the query is cancelled, which was not given up.
+    // Returns when the query is cancelled.
     db.client().await?;
     Ok(())
 }
 
-/// The one record of the stream with this severity, which must be of the query's trace and span.
+/// Returns the only record of the stream with this severity, which must belong to the trace and span of the query.
 fn record<'a>(received: &'a Received, severity: &str) -> &'a Log {
     let of = |log: &&Log| log.severity == severity && log.attributes.get("entity") == Some(&json!("orders"));
     let records: Vec<_> = received.logs.iter().filter(of).collect();
@@ -67,9 +67,9 @@ fn record<'a>(received: &'a Received, severity: &str) -> &'a Log {
     records[0]
 }
 
-/// One test, since half a minute passes in it.
+/// This is one test because it takes half a minute.
 #[test]
-fn start_and_heartbeat_are_logged_with_trace_counts_and_verdict_and_nothing_once_a_stream_is_over() {
+fn start_and_heartbeat_are_logged_and_nothing_after_the_end_of_a_stream() {
     let collector = Collector::start().unwrap();
     let database = database(&(table("orders", 50_000) + &table("read", 10) + SILENT));
     let scenario = Scenario::new("logs::long_streams", &database);
@@ -77,7 +77,7 @@ fn start_and_heartbeat_are_logged_with_trace_counts_and_verdict_and_nothing_once
     assert_eq!(outcome.stderr, "");
     let received = Received::by(&collector);
 
-    // Of the three streams one is alive when it is time for a heartbeat.
+    // Only one of the three streams is alive when a heartbeat is due.
     let number = |severity| received.logs.iter().filter(|log| log.severity == severity).count();
     assert_eq!((number("DEBUG"), number("INFO")), (3, 1), "{:#?}", received.logs);
     assert_eq!(received.logs.len(), 4, "{:#?}", received.logs);
@@ -85,9 +85,9 @@ fn start_and_heartbeat_are_logged_with_trace_counts_and_verdict_and_nothing_once
     assert_eq!(record(&received, "DEBUG").body, json!("stream started"));
     let heartbeat = record(&received, "INFO");
     for (attribute, value) in [
-        ("rows", &outcome.told["rows"]),
-        ("bytes", &outcome.told["bytes"]),
-        ("buffered_rows", &outcome.told["buffered"]),
+        ("rows", &outcome.reported["rows"]),
+        ("bytes", &outcome.reported["bytes"]),
+        ("buffered_rows", &outcome.reported["buffered"]),
         ("verdict", &json!("consumer_bound")),
         ("verdict_recent", &json!("consumer_bound")),
     ] {
@@ -97,6 +97,6 @@ fn start_and_heartbeat_are_logged_with_trace_counts_and_verdict_and_nothing_once
     assert!(body.starts_with("orders: 1 rows, ") && body.contains("consumer-bound"), "{body}");
     let cancel = received.below(received.query("silent"), "cancel");
     assert!(seconds(cancel[0]) > 3.0, "{cancel:#?}");
-    // The event of the first row belongs to the span and not to the log.
+    // The first row is an event of the span, not a record of the log.
     assert_eq!(received.query("orders").events.len(), 1);
 }

@@ -1,10 +1,10 @@
-//! What the library tells, as a real collector gets it: metrics, spans and log records of streams out of a real
-//! Postgres, by http/protobuf and by gRPC.
+//! Telemetry as a real collector receives it: metrics, spans and log records of streams from a real Postgres, by
+//! http/protobuf and by gRPC.
 //!
-//! `otlp::init()` sets what is global, so whatever calls it is a *scenario*: an ignored test of this binary, which
-//! the test that looks at the outcome runs in a process of its own.
+//! `otlp::init()` sets globals, so each call is in a *scenario*: an ignored test of this binary that the test of the
+//! outcome runs in a separate process.
 
-#![expect(clippy::float_cmp, reason = "rows and bytes come as floats, which hold them exactly")]
+#![expect(clippy::float_cmp, reason = "floats represent these numbers of rows and bytes exactly")]
 
 mod batches;
 mod catalogue;

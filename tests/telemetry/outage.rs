@@ -1,4 +1,4 @@
-//! A collector that is away costs telemetry and one line, never a row.
+//! An unreachable collector costs telemetry and one line in the log, never a row.
 
 use std::time::Duration;
 
@@ -14,11 +14,11 @@ use crate::servers::{database, table};
 const ROWS: u32 = 20_000;
 const SOON: Duration = Duration::from_secs(10);
 
-/// A stream in three parts, between which the test has time to do something to the collector.
+/// Runs a stream with stops, at which the test stops or starts the collector.
 #[test]
 #[ignore = "a scenario"]
 fn a_stream_with_stops() -> Result {
-    scenario::play(async {
+    scenario::run_scenario(async {
         let telemetry = otlp::init()?;
         let mut db = Connection::builder(&scenario::url()).poll_spans(PollSpans::Every).connect().await?;
         let mut rows = db.query::<RawJson>("rows").stream().await?;
@@ -28,27 +28,27 @@ fn a_stream_with_stops() -> Result {
             read += 1;
             if read == ROWS / 2 {
                 tokio::time::sleep(Duration::from_millis(500)).await;
-                scenario::say("half");
-                scenario::listen();
+                scenario::announce("half");
+                scenario::wait_for_resume();
             }
             if read > ROWS / 2 && read % 100 == 0 {
-                // A second and more, with an export of each signal ten times in it.
+                // More than a second in total, with at least ten exports of each signal.
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         }
         drop(rows);
-        scenario::say("end");
-        scenario::listen();
+        scenario::announce("end");
+        scenario::wait_for_resume();
         let mut later = db.query::<RawJson>("later").stream().await?;
         while later.next().await.is_some() {}
         drop(later);
         let error = telemetry.shutdown().await.err().map(|error| error.to_string());
-        scenario::tell(&json!({"read": read, "error": error}));
+        scenario::report(&json!({"read": read, "error": error}));
         Ok(())
     })
 }
 
-/// The scenario, with exports far more often than usual.
+/// Returns the scenario with very frequent exports.
 fn stream() -> Scenario {
     let database = database(&(table("rows", ROWS) + &table("later", 10)));
     Scenario::new("outage::a_stream_with_stops", &database)
@@ -57,22 +57,26 @@ fn stream() -> Scenario {
         .set("OTEL_BLRP_SCHEDULE_DELAY", "100")
 }
 
-fn survives_a_lost_collector(protocol: &str) {
+fn assert_outage_is_survived(protocol: &str) {
     let mut collector = Collector::start().expect("a collector");
     let mut running = stream().to(&collector, protocol).start();
     running.wait_for("half");
-    let is_told = || !collector.metrics().is_empty() && !collector.spans().is_empty();
-    assert!(wait_until(SOON, is_told), "{protocol}: nothing came before");
+    let is_exported = || !collector.metrics().is_empty() && !collector.spans().is_empty();
+    assert!(wait_until(SOON, is_exported), "{protocol}: nothing arrived before the outage");
     collector.kill().expect("the collector is killed");
-    running.go_on();
+    running.resume();
     running.wait_for("end");
     collector.restart().expect("the collector starts again");
-    running.go_on();
+    running.resume();
     let outcome = running.finish();
 
-    assert_eq!((&outcome.told["read"], &outcome.told["error"]), (&json!(ROWS), &Value::Null), "{protocol}");
+    assert_eq!(
+        (&outcome.reported["read"], &outcome.reported["error"]),
+        (&json!(ROWS), &Value::Null),
+        "{protocol}"
+    );
     assert_eq!(outcome.warnings().len(), 1, "{protocol}: {}", outcome.stderr);
-    assert!(outcome.stderr.contains("telemetry"), "{protocol}: {}", outcome.stderr);
+    assert!(outcome.stderr.contains("not logged until export recovers"), "{protocol}: {}", outcome.stderr);
     let received = Received::by(&collector);
     let rows = [("entity", "rows"), ("outcome", "yielded")];
     assert_eq!(received.value("fraiseql.stream.rows", &rows), f64::from(ROWS), "{protocol}");
@@ -81,30 +85,30 @@ fn survives_a_lost_collector(protocol: &str) {
 }
 
 #[test]
-fn a_collector_lost_in_mid_stream_costs_no_row_and_one_line_by_http() {
-    survives_a_lost_collector("http/protobuf");
+fn collector_lost_in_mid_stream_costs_no_row_and_one_line_by_http() {
+    assert_outage_is_survived("http/protobuf");
 }
 
 #[test]
-fn a_collector_lost_in_mid_stream_costs_no_row_and_one_line_by_grpc() {
-    survives_a_lost_collector("grpc");
+fn collector_lost_in_mid_stream_costs_no_row_and_one_line_by_grpc() {
+    assert_outage_is_survived("grpc");
 }
 
 #[test]
-fn a_collector_that_takes_traces_only_is_told_once() {
+fn collector_that_accepts_only_traces_is_logged_once() {
     let collector = Collector::start().unwrap();
-    // Nobody listens at port 9.
+    // There is no listener on port 9.
     let scenario = stream().to(&collector, "http/protobuf");
     let mut running =
         scenario.set("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "http://127.0.0.1:9/v1/metrics").start();
     running.wait_for("half");
-    running.go_on();
+    running.resume();
     running.wait_for("end");
-    running.go_on();
+    running.resume();
     let outcome = running.finish();
-    assert_eq!(outcome.told["read"], json!(ROWS));
+    assert_eq!(outcome.reported["read"], json!(ROWS));
     assert_eq!(outcome.warnings().len(), 1, "{}", outcome.stderr);
-    for text in [&outcome.stderr, &outcome.told["error"].to_string()] {
+    for text in [&outcome.stderr, &outcome.reported["error"].to_string()] {
         assert!(text.contains("http://127.0.0.1:9") && text.contains("metrics"), "{text}");
         assert!(!text.contains("traces"), "{text}");
     }

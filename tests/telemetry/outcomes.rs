@@ -1,4 +1,4 @@
-//! How a stream has ended: complete once its last row was taken, also where nobody looked for its end.
+//! The outcome of a stream: complete once its last row was taken, even if its end was never polled.
 
 use std::time::Duration;
 
@@ -10,17 +10,17 @@ use crate::received::{Received, text};
 use crate::scenario::{self, Result, Scenario};
 use crate::servers::database;
 
-/// How often each is read.
+/// The number of times each stream is run.
 const ROUNDS: u32 = 10;
 
-/// Views and limits: less than a chunk, a chunk, and several.
+/// Views and limits: less than a chunk, one chunk, and several.
 const LIMITED: [(&str, u64); 4] = [("one", 1), ("few", 100), ("chunk", 128), ("many", 300)];
 
-/// Streams that are dropped at or before their last row.
+/// Drops streams at or before their last row.
 #[test]
 #[ignore = "a scenario"]
 fn streams_left_at_their_last_row() -> Result {
-    scenario::play(async {
+    scenario::run_scenario(async {
         let telemetry = otlp::init()?;
         let mut db = Connection::connect(&scenario::url()).await?;
         for _ in 0..ROUNDS {
@@ -32,10 +32,10 @@ fn streams_left_at_their_last_row() -> Result {
     })
 }
 
-/// Long enough for the end to follow the rows.
+/// Long enough for the end to arrive after the rows.
 const SOON: Duration = Duration::from_millis(20);
 
-/// Takes all rows, and does not ask whether there are more.
+/// Takes all rows, and does not poll for the end.
 async fn leave_complete(db: &mut Connection) -> Result {
     for (entity, rows) in LIMITED {
         let stream = db.query::<RawJson>(entity).limit(rows).stream().await?;
@@ -55,7 +55,7 @@ async fn leave_complete(db: &mut Connection) -> Result {
     Ok(())
 }
 
-/// Leaves at least a row behind.
+/// Leaves at least one row.
 async fn leave_early(db: &mut Connection) -> Result {
     let stream = db.query::<RawJson>("behind").limit(100).stream().await?;
     assert_eq!(stream.take(99).count().await, 99);
@@ -92,11 +92,11 @@ fn assert_outcomes(runtime: &str) {
 }
 
 #[test]
-fn a_stream_whose_last_row_was_taken_is_complete() {
+fn stream_whose_last_row_was_taken_is_complete() {
     assert_outcomes("two_workers");
 }
 
 #[test]
-fn a_stream_whose_last_row_was_taken_is_complete_on_one_thread() {
+fn stream_whose_last_row_was_taken_is_complete_on_one_thread() {
     assert_outcomes("current_thread");
 }

@@ -1,4 +1,4 @@
-//! Instruments on a provider of the service's own: nothing global is needed, and nothing is left behind.
+//! Instruments on a provider of the service: they need no global, and leak nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -16,9 +16,9 @@ use crate::scenario::{self, Result, Scenario};
 use crate::servers::{Database, database, slow_view, table};
 
 const CONNECTIONS: u64 = 2_000;
-/// Of which the last is dropped before its end.
+/// The last one of each connection is dropped before its end.
 const STREAMS_OF_EACH: u64 = 2;
-/// After so many, all that is kept for later is there.
+/// The number of connections after which memory should no longer grow.
 const WARM: u64 = 400;
 
 struct Provider {
@@ -29,12 +29,16 @@ struct Provider {
 impl Provider {
     fn new() -> Self {
         let exporter = InMemoryMetricExporter::default();
-        // Exports only when flushed.
+        // Exports when flushed only.
         let reader = PeriodicReader::builder(exporter.clone()).with_interval(Duration::from_secs(3_600));
         Self { exporter, meters: SdkMeterProvider::builder().with_reader(reader.build()).build() }
     }
 
-    /// What an export has now, by metric and attributes; refuses a series that is there twice.
+    /// Returns the values of an export by metric and attributes.
+    ///
+    /// # Panics
+    ///
+    /// If a series is exported twice.
     fn series(&self) -> Result<BTreeMap<String, f64>> {
         self.exporter.reset();
         self.meters.force_flush()?;
@@ -42,14 +46,14 @@ impl Provider {
         for export in self.exporter.get_finished_metrics()? {
             for (name, value) in points(&export) {
                 let before = series.insert(name.clone(), value);
-                assert!(before.is_none(), "{name} is there twice");
+                assert!(before.is_none(), "{name} is exported twice");
             }
         }
         Ok(series)
     }
 }
 
-/// The sums and gauges of an export, and the counts of its histograms.
+/// Returns the sums and gauges of an export, and the counts of its histograms.
 fn points(export: &ResourceMetrics) -> Vec<(String, f64)> {
     let metrics = export.scope_metrics().flat_map(ScopeMetrics::metrics);
     let points = metrics.flat_map(|metric| {
@@ -93,7 +97,7 @@ async fn read(db: &mut Connection, rows: u64) -> Result {
 }
 
 #[tokio::test]
-async fn instruments_work_on_a_provider_that_is_not_global() -> Result {
+async fn instruments_record_on_a_provider_that_is_not_global() -> Result {
     let Database { url, .. } = database(&table("orders", 1_000));
     let provider = Provider::new();
     let instruments = Instruments::new(&provider.meters);
@@ -107,7 +111,7 @@ async fn instruments_work_on_a_provider_that_is_not_global() -> Result {
     Ok(())
 }
 
-/// The share of poll batches that found at most so many rows in the channel.
+/// Returns the share of poll batches that found at most `rows` rows in the channel.
 fn occupancy_up_to(provider: &Provider, rows: f64) -> Result<f64> {
     provider.series()?;
     let exports = provider.exporter.get_finished_metrics()?;
@@ -123,7 +127,7 @@ fn occupancy_up_to(provider: &Provider, rows: f64) -> Result<f64> {
 }
 
 #[tokio::test]
-async fn a_consumer_that_is_faster_than_its_source_finds_less_than_10_rows() -> Result {
+async fn consumer_faster_than_its_source_finds_fewer_than_10_rows() -> Result {
     let Database { url, .. } = database(&slow_view("orders", 400, 0.001));
     let provider = Provider::new();
     let instruments = Instruments::new(&provider.meters);
@@ -134,7 +138,7 @@ async fn a_consumer_that_is_faster_than_its_source_finds_less_than_10_rows() -> 
 }
 
 #[tokio::test]
-async fn a_consumer_that_is_slower_than_its_source_finds_more_than_240_rows() -> Result {
+async fn consumer_slower_than_its_source_finds_more_than_240_rows() -> Result {
     let Database { url, .. } = database(&table("orders", 5_000));
     let provider = Provider::new();
     let instruments = Instruments::new(&provider.meters);
@@ -144,12 +148,12 @@ async fn a_consumer_that_is_slower_than_its_source_finds_more_than_240_rows() ->
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     drop(orders);
-    assert!(occupancy_up_to(&provider, 240.0)? < 0.4, "but for the first and the last ones");
+    assert!(occupancy_up_to(&provider, 240.0)? < 0.4, "all but the first and the last batches");
     Ok(())
 }
 
 #[tokio::test]
-async fn connections_share_the_instruments_that_they_are_given() -> Result {
+async fn connections_share_the_instruments_passed_to_them() -> Result {
     let Database { url, .. } = database(&table("orders", 10));
     let (one, other) = (Provider::new(), Provider::new());
     let instruments = [Instruments::new(&one.meters), Instruments::new(&other.meters)];
@@ -166,11 +170,11 @@ async fn connections_share_the_instruments_that_they_are_given() -> Result {
     Ok(())
 }
 
-/// Connections that come and go, with some streams each.
+/// Opens and closes connections, with some streams each.
 #[test]
 #[ignore = "a scenario"]
-fn connections_that_come_and_go() -> Result {
-    scenario::play(async {
+fn many_connections() -> Result {
+    scenario::run_scenario(async {
         let provider = Provider::new();
         let instruments = Instruments::new(&provider.meters);
         let mut warm = 0;
@@ -190,12 +194,12 @@ fn connections_that_come_and_go() -> Result {
         let begun = Instant::now();
         let series = provider.series()?;
         let collected = begun.elapsed().as_secs_f64();
-        scenario::tell(&json!({"series": series, "grown": resident() - warm, "collected": collected}));
+        scenario::report(&json!({"series": series, "grown": resident() - warm, "collected": collected}));
         Ok(())
     })
 }
 
-/// The memory of this process in kB.
+/// Returns the memory of this process in kB.
 fn resident() -> i64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("Linux");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
@@ -203,26 +207,26 @@ fn resident() -> i64 {
 }
 
 #[test]
-fn connections_by_the_thousand_leave_one_set_of_series_and_a_flat_heap() {
+fn thousands_of_connections_leave_one_set_of_series_and_a_flat_heap() {
     let server = Postgres::start().unwrap();
-    // Passwords are not asked for: their check is made to be slow.
+    // Checking a password is slow by design.
     let trust = "DO $$ BEGIN
           EXECUTE format('COPY (SELECT ''host all all 127.0.0.1/32 trust'') TO %L', current_setting('hba_file'));
         END $$;
         SELECT pg_reload_conf();";
     server.psql("postgres", &(table("orders", 10) + trust)).unwrap();
     let database = Database { name: "postgres".to_owned(), url: server.url() };
-    let scenario = Scenario::new("own_provider::connections_that_come_and_go", &database);
-    let told = scenario.on("current_thread").run().told;
-    let number = |name: &str| told["series"][name].as_f64();
+    let scenario = Scenario::new("own_provider::many_connections", &database);
+    let report = scenario.on("current_thread").run().reported;
+    let number = |name: &str| report["series"][name].as_f64();
     let streams = (CONNECTIONS * STREAMS_OF_EACH) as f64;
     assert_eq!(number(r#"fraiseql.stream.rows{"entity=orders", "outcome=yielded"}"#), Some(streams));
     let ended = ["complete", "dropped"]
         .map(|outcome| number(&format!(r#"fraiseql.stream.ended{{"entity=orders", "outcome={outcome}"}}"#)));
     assert_eq!(ended, [Some(streams / 2.0), Some(streams / 2.0)]);
     assert_eq!(number(r#"fraiseql.stream.active{"entity=orders"}"#), Some(0.0));
-    let grown = told["grown"].as_i64().unwrap();
+    let grown = report["grown"].as_i64().unwrap();
     assert!(grown < 1_024, "{grown} kB more");
-    let collected = told["collected"].as_f64().unwrap();
+    let collected = report["collected"].as_f64().unwrap();
     assert!(collected < 0.1, "an export takes {collected} s");
 }

@@ -1,28 +1,28 @@
-//! What a collector got.
+//! The telemetry received by a collector.
 
 use std::time::Duration;
 
 use backends::{Collector, Log, Metric, Point, Span, wait_until};
 use serde_json::Value;
 
-/// All that a collector got, read once it has written out everything.
+/// All telemetry received by a collector, read after it has written everything.
 pub(crate) struct Received {
     pub(crate) spans: Vec<Span>,
     pub(crate) logs: Vec<Log>,
     pub(crate) metrics: Vec<Metric>,
-    /// The same in the collector's words.
-    pub(crate) words: String,
+    /// The same as the collector's debug exporter prints it.
+    pub(crate) text: String,
 }
 
 impl Received {
-    /// Stops the collector, which makes it write out all that it has.
+    /// Stops the collector, which makes it write everything, and reads that.
     pub(crate) fn by(collector: &Collector) -> Self {
         collector.stop().expect("the collector stops");
         Self {
             spans: collector.spans(),
             logs: collector.logs(),
             metrics: collector.metrics(),
-            words: collector.debug_log(),
+            text: collector.debug_log(),
         }
     }
 
@@ -30,38 +30,38 @@ impl Received {
         self.spans.is_empty() && self.logs.is_empty() && self.metrics.is_empty()
     }
 
-    /// A metric as it was last exported.
+    /// Returns the last export of a metric.
     pub(crate) fn metric(&self, name: &str) -> &Metric {
         let found = self.metrics.iter().rfind(|metric| metric.name == name);
         found.unwrap_or_else(|| panic!("no metric {name}"))
     }
 
-    /// The last point with these attributes.
+    /// Returns the last point with these attributes.
     pub(crate) fn point(&self, name: &str, attributes: &[(&str, &str)]) -> &Point {
         let found = self.metric(name).point(attributes);
         found.unwrap_or_else(|| panic!("no {name}{attributes:?}: {:?}", self.metric(name).points))
     }
 
-    /// The last value of a sum or gauge.
+    /// Returns the last value of a sum or gauge.
     pub(crate) fn value(&self, name: &str, attributes: &[(&str, &str)]) -> f64 {
         let point = self.point(name, attributes);
         point.value.unwrap_or_else(|| panic!("{name} has no value"))
     }
 
-    /// The spans of queries for this entity.
+    /// Returns the spans of queries for this entity.
     pub(crate) fn queries(&self, entity: &str) -> Vec<&Span> {
         let of = |span: &&Span| is_query(span) && text(span, "db.collection.name") == entity;
         self.spans.iter().filter(of).collect()
     }
 
-    /// The one span of the one query for this entity.
+    /// Returns the span of the only query for this entity.
     pub(crate) fn query(&self, entity: &str) -> &Span {
         let queries = self.queries(entity);
         assert_eq!(queries.len(), 1, "queries for {entity}: {queries:#?}");
         queries[0]
     }
 
-    /// The spans below another, with this name, in the order of their start.
+    /// Returns the children of a span with this name, in the order of their start.
     pub(crate) fn below(&self, parent: &Span, name: &str) -> Vec<&Span> {
         let is_child = |span: &&Span| span.parent_span_id == parent.span_id && span.name == name;
         let mut found: Vec<_> = self.spans.iter().filter(is_child).collect();
@@ -74,19 +74,19 @@ fn is_query(span: &Span) -> bool {
     span.name.starts_with("SELECT ")
 }
 
-/// An attribute's text; empty if there is none.
+/// Returns the text of an attribute, or an empty one if it is missing.
 pub(crate) fn text<'a>(span: &'a Span, attribute: &str) -> &'a str {
     span.attributes.get(attribute).and_then(Value::as_str).unwrap_or_default()
 }
 
-/// An attribute that must be an integer.
+/// Returns an attribute that must be an integer.
 pub(crate) fn integer(span: &Span, attribute: &str) -> i64 {
     let value = span.attributes.get(attribute);
     let number = value.and_then(Value::as_i64);
     number.unwrap_or_else(|| panic!("{attribute} of {} is {value:?}", span.name))
 }
 
-/// An attribute that must be a number.
+/// Returns an attribute that must be a number.
 pub(crate) fn number(span: &Span, attribute: &str) -> f64 {
     let value = span.attributes.get(attribute);
     let number = value.and_then(Value::as_f64);
@@ -97,12 +97,12 @@ pub(crate) fn seconds(span: &Span) -> f64 {
     Duration::from_nanos(span.end_ns.saturating_sub(span.start_ns)).as_secs_f64()
 }
 
-/// Whether two times agree within 1 %; ten microseconds are always forgiven.
+/// Whether two times differ by at most 1 % or 10 µs.
 pub(crate) fn about(one: f64, other: f64) -> bool {
     (one - other).abs() <= (0.01 * one.max(other)).max(0.000_01)
 }
 
-/// Waits until the collector's Prometheus text holds such a line, and gives all lines like it.
+/// Waits until the collector's Prometheus text has a line with this beginning, and returns all such lines.
 pub(crate) fn prometheus_lines(collector: &Collector, beginning: &str) -> Vec<String> {
     let mut lines = Vec::new();
     wait_until(Duration::from_secs(10), || {

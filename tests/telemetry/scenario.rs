@@ -1,4 +1,4 @@
-//! Scenarios: parts of this binary that run alone in a process of their own.
+//! Scenarios: tests of this binary that run in a separate process each.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -14,19 +14,19 @@ use crate::servers::Database;
 
 pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-/// Set in a scenario's process: the database.
+/// The variable with the URL of the database, set in the process of a scenario.
 const DATABASE: &str = "TELEMETRY_DATABASE_URL";
-/// Which tokio runtime a scenario plays on.
+/// The variable with the tokio runtime of a scenario.
 const RUNTIME: &str = "TELEMETRY_RUNTIME";
-/// Begins the line in which a scenario tells its outcome.
-const TOLD: &str = "told: ";
-const PATIENCE: Duration = Duration::from_secs(90);
+/// The beginning of the line in which a scenario reports its outcome.
+const REPORT: &str = "report: ";
+const TIMEOUT: Duration = Duration::from_secs(90);
 
-/// A scenario that is to be run.
+/// A scenario to run.
 pub(crate) struct Scenario(Command);
 
 impl Scenario {
-    /// `name` is that of the ignored test. The process has no `OTEL_*` variables but those given.
+    /// Creates a scenario from the name of the ignored test. Its process has only the `OTEL_*` variables set here.
     pub(crate) fn new(name: &str, database: &Database) -> Self {
         let mut command = Command::new(std::env::current_exe().expect("this binary"));
         command.args(["--exact", name, "--ignored", "--nocapture", "--quiet"]);
@@ -44,7 +44,7 @@ impl Scenario {
         self
     }
 
-    /// Sends telemetry to this collector by `http/protobuf` or `grpc`.
+    /// Exports telemetry to this collector by `http/protobuf` or `grpc`.
     pub(crate) fn to(self, collector: &Collector, protocol: &str) -> Self {
         let endpoint = match protocol {
             "grpc" => collector.grpc_endpoint(),
@@ -53,7 +53,8 @@ impl Scenario {
         self.set("OTEL_EXPORTER_OTLP_PROTOCOL", protocol).set("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint)
     }
 
-    /// `current_thread`, or `one_worker`: a multi-thread runtime of one, with the scenario in a spawned task.
+    /// Sets the runtime: `current_thread`, or `one_worker` for a multi-thread runtime with one worker, on which the
+    /// scenario is a spawned task.
     pub(crate) fn on(self, runtime: &str) -> Self {
         self.set(RUNTIME, runtime)
     }
@@ -82,7 +83,7 @@ impl Scenario {
     }
 }
 
-/// A scenario that runs.
+/// A running scenario.
 pub(crate) struct Running {
     child: Child,
     input: ChildStdin,
@@ -93,30 +94,30 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Waits until the scenario has said so.
-    pub(crate) fn wait_for(&mut self, word: &str) {
+    /// Waits until the scenario announces this step.
+    pub(crate) fn wait_for(&mut self, step: &str) {
         loop {
-            let line = self.lines.recv_timeout(PATIENCE);
+            let line = self.lines.recv_timeout(TIMEOUT);
             match line {
-                Ok(line) if line == word => return,
+                Ok(line) if line == step => return,
                 Ok(line) => self.stdout.push(line),
                 Err(_) => {
-                    // Its output ends with it.
+                    // Reading its standard error would block until it ends.
                     let _ = self.child.kill();
-                    panic!("{word} was never said: {}{}", self.stdout.join("\n"), self.stderr());
+                    panic!("{step} was not announced: {}{}", self.stdout.join("\n"), self.stderr());
                 }
             }
         }
     }
 
-    /// Lets the scenario go on from where it listens.
-    pub(crate) fn go_on(&mut self) {
-        writeln!(self.input, "go on").expect("the scenario listens");
+    /// Resumes the scenario, which waits for it.
+    pub(crate) fn resume(&mut self) {
+        writeln!(self.input, "resume").expect("the scenario waits");
     }
 
     pub(crate) fn finish(mut self) -> Outcome {
         let mut status = None;
-        wait_until(PATIENCE, || {
+        wait_until(TIMEOUT, || {
             status = self.child.try_wait().expect("the scenario can be waited for");
             status.is_some()
         });
@@ -128,9 +129,9 @@ impl Running {
         self.stdout.extend(self.lines.iter());
         let stdout = std::mem::take(&mut self.stdout);
         let passed = |line: &String| line.starts_with("test result: ok. 1 passed");
-        let well = status.is_some_and(|status| status.success()) && stdout.iter().any(passed);
-        let all = stdout.join("\n");
-        assert!(well, "{status:?} after {elapsed:?}\n{all}\n{stderr}");
+        let has_passed = status.is_some_and(|status| status.success()) && stdout.iter().any(passed);
+        let output = stdout.join("\n");
+        assert!(has_passed, "{status:?} after {elapsed:?}\n{output}\n{stderr}");
         Outcome::new(&stdout, stderr)
     }
 
@@ -142,19 +143,19 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // It has ended unless the test that waits for it failed.
+        // It has ended, unless the test that waits for it failed.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// What came out of a scenario.
+/// The outcome of a scenario.
 pub(crate) struct Outcome {
-    /// What it told of itself.
-    pub(crate) told: Value,
-    /// What the library printed on standard output.
+    /// The value passed to `report`.
+    pub(crate) reported: Value,
+    /// The lines that the library printed to standard output.
     pub(crate) stdout: String,
-    /// What the library printed on standard error.
+    /// The lines that the library printed to standard error.
     pub(crate) stderr: String,
 }
 
@@ -162,12 +163,12 @@ impl Outcome {
     fn new(stdout: &[String], stderr: String) -> Self {
         let frame = |line: &&String| {
             let frame = ["running 1 test", ".", "test result: "];
-            line.is_empty() || line.starts_with(TOLD) || frame.iter().any(|of| line.starts_with(of))
+            line.is_empty() || line.starts_with(REPORT) || frame.iter().any(|of| line.starts_with(of))
         };
-        let told = stdout.iter().rev().find_map(|line| line.strip_prefix(TOLD));
-        let told = told.map_or(Value::Null, |told| serde_json::from_str(told).expect("JSON is told"));
+        let report = stdout.iter().rev().find_map(|line| line.strip_prefix(REPORT));
+        let reported = report.map_or(Value::Null, |report| serde_json::from_str(report).expect("it is JSON"));
         let printed: Vec<_> = stdout.iter().filter(|line| !frame(line)).cloned().collect();
-        Self { told, stdout: printed.join("\n"), stderr }
+        Self { reported, stdout: printed.join("\n"), stderr }
     }
 
     pub(crate) fn warnings(&self) -> Vec<&str> {
@@ -175,8 +176,8 @@ impl Outcome {
     }
 }
 
-/// Plays a scenario; returns at once where nobody asked for it.
-pub(crate) fn play(scenario: impl Future<Output = Result> + Send + 'static) -> Result {
+/// Runs a scenario in its process; does nothing if an ignored test was started by hand.
+pub(crate) fn run_scenario(scenario: impl Future<Output = Result> + Send + 'static) -> Result {
     if std::env::var_os(DATABASE).is_none() {
         return Ok(());
     }
@@ -193,30 +194,30 @@ pub(crate) fn play(scenario: impl Future<Output = Result> + Send + 'static) -> R
     }
 }
 
-/// The database of this scenario.
+/// Returns the database of this scenario.
 pub(crate) fn url() -> String {
     std::env::var(DATABASE).expect("a scenario has a database")
 }
 
-/// Tells the outcome to the test that runs this scenario.
-pub(crate) fn tell(outcome: &Value) {
-    say(&format!("{TOLD}{outcome}"));
+/// Reports the outcome to the test that runs this scenario.
+pub(crate) fn report(outcome: &Value) {
+    announce(&format!("{REPORT}{outcome}"));
 }
 
-/// Says a word to the test that runs this scenario.
-pub(crate) fn say(word: &str) {
+/// Announces a step to the test that runs this scenario.
+pub(crate) fn announce(step: &str) {
     let mut stdout = std::io::stdout().lock();
-    let said = write!(stdout, "\n{word}\n").and_then(|()| stdout.flush());
-    said.expect("the test listens");
+    let written = write!(stdout, "\n{step}\n").and_then(|()| stdout.flush());
+    written.expect("the test reads");
 }
 
-/// Waits for `go_on`; blocks the thread.
-pub(crate) fn listen() {
-    let heard = std::io::stdin().lines().next();
-    assert!(heard.is_some(), "the test is gone");
+/// Waits for `resume`; blocks the thread.
+pub(crate) fn wait_for_resume() {
+    let line = std::io::stdin().lines().next();
+    assert!(line.is_some(), "the test has ended");
 }
 
-/// Statistics in a form that can be told.
+/// Returns statistics as JSON.
 pub(crate) fn figures(stats: &Stats) -> Value {
     let time = &stats.time;
     json!({

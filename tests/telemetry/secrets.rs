@@ -1,4 +1,4 @@
-//! No secret is in anything that is told.
+//! No secret is in anything reported.
 
 use backends::Collector;
 use fraiseql_stream::{Connection, RawJson, otlp};
@@ -12,42 +12,42 @@ use crate::servers::{BROKEN, Database, SILENT, database, postgres, table};
 const WRONG: &str = "wr0ng-secret";
 const TOKEN: &str = "t0ken-secret";
 
-/// Connects with a wrong password and the right one, and tells all that can be told of each.
+/// Connects with a wrong password and the right one, and reports all text available in both cases.
 #[test]
 #[ignore = "a scenario"]
-fn all_that_can_be_told() -> Result {
-    scenario::play(async {
+fn all_available_text() -> Result {
+    scenario::run_scenario(async {
         let telemetry = otlp::init()?;
-        let mut told = Vec::new();
+        let mut texts = Vec::new();
         let wrong = Connection::connect(&std::env::var("WRONG_URL")?).await;
-        let error = wrong.err().ok_or("a wrong password will do")?;
+        let error = wrong.err().ok_or("the wrong password was accepted")?;
         tracing::warn!("{error} {error:?}");
-        told.push(format!("{error} {error:?}"));
+        texts.push(format!("{error} {error:?}"));
 
         let builder = Connection::builder(&scenario::url()).query_text(true);
-        told.push(format!("{builder:?}"));
+        texts.push(format!("{builder:?}"));
         let mut db = builder.connect().await?;
-        told.push(format!("{db:?}"));
+        texts.push(format!("{db:?}"));
         for entity in ["orders", "broken", "nowhere", "silent"] {
             let query = db.query::<RawJson>(entity);
-            told.push(format!("{query:?}"));
+            texts.push(format!("{query:?}"));
             let mut rows = match query.stream().await {
                 Ok(rows) => rows,
                 Err(error) => {
-                    told.push(format!("{error} {error:?}"));
+                    texts.push(format!("{error} {error:?}"));
                     continue;
                 }
             };
-            told.push(format!("{rows:?} {:?}", rows.observer()));
+            texts.push(format!("{rows:?} {:?}", rows.observer()));
             let wait = std::time::Duration::from_millis(200);
             while let Ok(Some(row)) = tokio::time::timeout(wait, rows.next()).await {
-                told.extend(row.err().map(|error| format!("{error} {error:?}")));
+                texts.extend(row.err().map(|error| format!("{error} {error:?}")));
             }
             rows.close().await?;
         }
         let shutdown = telemetry.shutdown().await.err().map(|error| format!("{error} {error:?}"));
-        told.extend(shutdown);
-        scenario::tell(&json!(told));
+        texts.extend(shutdown);
+        scenario::report(&json!(texts));
         Ok(())
     })
 }
@@ -56,7 +56,7 @@ fn run(endpoint: &str, protocol: &str) -> Outcome {
     let Database { name, url } = database(&(table("orders", 500) + BROKEN + SILENT));
     let wrong = url.replace(postgres().password(), WRONG);
     let database = Database { name, url };
-    Scenario::new("secrets::all_that_can_be_told", &database)
+    Scenario::new("secrets::all_available_text", &database)
         .set("WRONG_URL", &wrong)
         .set("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
         .set("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
@@ -64,7 +64,7 @@ fn run(endpoint: &str, protocol: &str) -> Outcome {
         .run()
 }
 
-fn holds_no_secret(what: &str, text: &str) {
+fn assert_no_secret(what: &str, text: &str) {
     for secret in [postgres().password(), WRONG, TOKEN] {
         let at = text.find(secret);
         let around = at.map(|at| text[at.saturating_sub(100)..at].to_owned());
@@ -73,19 +73,19 @@ fn holds_no_secret(what: &str, text: &str) {
 }
 
 #[test]
-fn no_password_is_in_anything_that_the_collector_gets_or_anyone_reads() {
+fn no_password_is_in_telemetry_output_or_errors() {
     let collector = Collector::start().unwrap();
     let outcome = run(&collector.http_endpoint(), "http/protobuf");
-    holds_no_secret("Prometheus", &prometheus_lines(&collector, "").join("\n"));
+    assert_no_secret("Prometheus", &prometheus_lines(&collector, "").join("\n"));
     let received = Received::by(&collector);
     assert_eq!(received.queries("orders").len() + received.queries("broken").len(), 2);
-    // All of it, attributes and resources too, in the collector's words.
-    holds_no_secret("spans, metrics and logs", &received.words);
-    assert!(received.words.contains("password authentication failed"));
-    holds_no_secret("standard output", &outcome.stdout);
-    holds_no_secret("standard error", &outcome.stderr);
-    assert_eq!(outcome.told.as_array().map(Vec::len), Some(12), "{:#}", outcome.told);
-    holds_no_secret("errors and debug output", &outcome.told.to_string());
+    // This includes attributes and resources.
+    assert_no_secret("spans, metrics and logs", &received.text);
+    assert!(received.text.contains("password authentication failed"));
+    assert_no_secret("standard output", &outcome.stdout);
+    assert_no_secret("standard error", &outcome.stderr);
+    assert_eq!(outcome.reported.as_array().map(Vec::len), Some(12), "{:#}", outcome.reported);
+    assert_no_secret("errors and debug output", &outcome.reported.to_string());
 }
 
 #[test]
@@ -99,8 +99,8 @@ fn no_secret_of_the_endpoint_is_in_a_warning() {
         let about = |line: &&str| !line.contains("password authentication");
         let warnings = outcome.warnings().into_iter().filter(about).count();
         assert!((1..=2).contains(&warnings), "{}", outcome.stderr);
-        holds_no_secret(protocol, &outcome.stderr);
-        holds_no_secret(protocol, &outcome.told.to_string());
-        assert!(outcome.told.as_array().is_some_and(|told| told.last().is_some_and(Value::is_string)));
+        assert_no_secret(protocol, &outcome.stderr);
+        assert_no_secret(protocol, &outcome.reported.to_string());
+        assert!(outcome.reported.as_array().is_some_and(|texts| texts.last().is_some_and(Value::is_string)));
     }
 }

@@ -1,0 +1,31 @@
+//! Serves a table as the body of an HTTP response, one document per line.
+//!
+//! `DATABASE_URL=postgres://app@localhost/shop cargo run --example axum_body`, then
+//! `curl http://127.0.0.1:3000/orders`
+
+use axum::body::{Body, Bytes};
+use axum::{Router, http::StatusCode, routing::get};
+use fraiseql_stream::{Connection, RawJson};
+use futures_util::TryStreamExt as _;
+
+#[tokio::main]
+async fn main() -> std::io::Result<()> {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:3000").await?;
+    axum::serve(listener, Router::new().route("/orders", get(orders))).await
+}
+
+async fn orders() -> Result<Body, StatusCode> {
+    open().await.map_err(|error| {
+        eprintln!("{error}");
+        StatusCode::BAD_GATEWAY
+    })
+}
+
+/// Returns when Postgres has accepted the query. The body then takes rows only as fast as the client reads them, and
+/// a client that goes away cancels the query.
+async fn open() -> Result<Body, Box<dyn std::error::Error + Send + Sync>> {
+    let db = Connection::connect(&std::env::var("DATABASE_URL")?).await?;
+    let rows = db.into_query::<RawJson>("orders").stream().await?;
+    // An error in a row ends the body without its last chunk, so that the client sees that rows are missing.
+    Ok(Body::from_stream(rows.map_ok(|row| Bytes::from([row.as_bytes(), b"\n"].concat()))))
+}
