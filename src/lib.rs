@@ -52,6 +52,8 @@
 //! Without features the crate needs the OpenTelemetry API and `tracing` only. A service that has providers
 //! of its own sets them before it connects, or passes [`Instruments`].
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
 mod channel;
 mod connection;
 mod error;
