@@ -24,7 +24,7 @@
 //! orders: canceling statement due to statement timeout (57014) after 100,213 rows in 30.0 s; consumer-bound 94 %: Postgres waited for your code, not the other way round
 //! ```
 //!
-//! The demo (`cargo run --release --example demo`) while it runs:
+//! The demo (`cargo run --release --features otlp --example demo`) while it runs:
 //!
 //! ```text
 //! orders             312,000 rows   466 k/s  [##........]  source-bound    68 %
@@ -52,6 +52,8 @@
 //! Without features the crate depends on the OpenTelemetry API and `tracing` only. A service with providers of its own
 //! sets them before it connects, or passes [`Instruments`]; its spans need a layer of tracing-opentelemetry, as
 //! [described there](Instruments#spans).
+
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod channel;
 mod connection;

@@ -1,7 +1,7 @@
 //! Streams a table of orders three times: to a fast consumer, to a slow consumer, and from a slow view, and shows
 //! which side is slow each time. Starts its own Postgres.
 //!
-//! `cargo run --release --example demo`
+//! `cargo run --release --features otlp --example demo`
 
 mod figures;
 mod occupancy;

@@ -8,7 +8,9 @@ use std::pin::pin;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::TcpStream;
+#[cfg(unix)]
+use tokio::net::UnixStream;
 use tokio::time::timeout;
 use tokio_postgres::{CancelToken, NoTls};
 use tracing::Instrument;
@@ -78,6 +80,7 @@ async fn send_requests(peer: &Peer, token: &CancelToken, end: impl Future<Output
 /// An open socket for one cancel request.
 enum CancelSocket {
     Tcp(TcpStream),
+    #[cfg(unix)]
     Unix(UnixStream),
 }
 
@@ -86,6 +89,7 @@ impl CancelSocket {
     async fn open(peer: &Peer) -> io::Result<Self> {
         Ok(match peer {
             Peer::Tcp { addr, .. } => Self::Tcp(TcpStream::connect(addr).await?),
+            #[cfg(unix)]
             Peer::Unix { .. } => Self::Unix(UnixStream::connect(peer.to_string()).await?),
         })
     }
@@ -95,6 +99,7 @@ impl CancelSocket {
     async fn cancel(self, token: &CancelToken) -> io::Result<()> {
         match self {
             Self::Tcp(socket) => cancel_on(socket, token).await,
+            #[cfg(unix)]
             Self::Unix(socket) => cancel_on(socket, token).await,
         }
     }

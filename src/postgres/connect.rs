@@ -3,9 +3,11 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+#[cfg(unix)]
 use std::path::PathBuf;
 use std::time::Duration;
 
+use rand::seq::SliceRandom;
 use tokio::net::lookup_host;
 use tokio_postgres::config::{Host, LoadBalanceHosts, SslMode};
 use tokio_postgres::tls::NoTlsStream;
@@ -21,8 +23,15 @@ pub(crate) type Wire = tokio_postgres::Connection<Socket, NoTlsStream>;
 /// The address that a connection was made to, and where its cancel requests must go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Peer {
-    Tcp { host: String, addr: SocketAddr },
-    Unix { dir: PathBuf, port: u16 },
+    Tcp {
+        host: String,
+        addr: SocketAddr,
+    },
+    #[cfg(unix)]
+    Unix {
+        dir: PathBuf,
+        port: u16,
+    },
 }
 
 impl Peer {
@@ -30,6 +39,7 @@ impl Peer {
     pub(crate) fn address(&self) -> String {
         match self {
             Self::Tcp { host, .. } => host.clone(),
+            #[cfg(unix)]
             Self::Unix { .. } => self.to_string(),
         }
     }
@@ -38,6 +48,7 @@ impl Peer {
     pub(crate) fn port(&self) -> u16 {
         match self {
             Self::Tcp { addr, .. } => addr.port(),
+            #[cfg(unix)]
             Self::Unix { port, .. } => *port,
         }
     }
@@ -48,6 +59,7 @@ impl fmt::Display for Peer {
         match self {
             Self::Tcp { host, addr } if *host == addr.ip().to_string() => write!(f, "{addr}"),
             Self::Tcp { host, addr } => write!(f, "{host}:{} ({})", addr.port(), addr.ip()),
+            #[cfg(unix)]
             Self::Unix { dir, port } => write!(f, "{}/.s.PGSQL.{port}", dir.display()),
         }
     }
@@ -147,17 +159,15 @@ fn candidates(config: &Config) -> Result<Vec<(Named, u16)>, Error> {
             Some(((host, addr), port))
         })
         .collect();
-    if config.get_load_balance_hosts() == LoadBalanceHosts::Random && count > 1 {
-        // A random start spreads the load; the order behind it need not be random.
-        let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), ());
-        let start = usize::try_from(random % count as u64).unwrap_or(0);
-        all.rotate_left(start);
+    if config.get_load_balance_hosts() == LoadBalanceHosts::Random {
+        all.shuffle(&mut rand::rng());
     }
     Ok(all)
 }
 
 async fn resolve((host, addr): &Named, port: u16) -> Result<Vec<Peer>, Error> {
     match (host, addr) {
+        #[cfg(unix)]
         (Host::Unix(dir), _) => Ok(vec![Peer::Unix { dir: dir.clone(), port }]),
         (Host::Tcp(host), Some(ip)) => Ok(vec![Peer::Tcp { host: host.clone(), addr: (*ip, port).into() }]),
         (Host::Tcp(host), None) => {
@@ -190,6 +200,7 @@ fn narrow(config: &Config, peer: &Peer) -> Config {
     let mut one = Config::new();
     match peer {
         Peer::Tcp { host, addr } => one.host(host).hostaddr(addr.ip()).port(addr.port()),
+        #[cfg(unix)]
         Peer::Unix { dir, port } => one.host_path(dir).port(*port),
     };
     config.get_user().map(|user| one.user(user));
@@ -219,6 +230,8 @@ pub(crate) fn plaintext_warning(config: &Config, peer: &Peer) -> Option<String> 
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     fn refusal(connection: &str) -> String {
@@ -273,5 +286,16 @@ mod tests {
     fn hosts_and_ports_must_match() {
         let config = parse("host=a,b,c port=1,2 user=u").unwrap();
         assert!(candidates(&config).unwrap_err().to_string().contains("3 hosts but 2 ports"));
+    }
+
+    #[test]
+    fn random_load_balancing_shuffles_the_hosts() {
+        let orders = |mode: &str| {
+            let config = parse(&format!("host=a,b,c user=u load_balance_hosts={mode}")).unwrap();
+            let order = || candidates(&config).unwrap().into_iter().map(|((host, _), _)| format!("{host:?}"));
+            (0..1_000).map(|_| order().collect::<Vec<_>>()).collect::<HashSet<_>>()
+        };
+        assert_eq!(orders("disable").len(), 1);
+        assert_eq!(orders("random").len(), 6);
     }
 }

@@ -50,7 +50,7 @@ fn program() -> &'static Path {
                 cargo.env_remove(&*name);
             }
         }
-        cargo.args(["build", "--release", "--example", "demo"]);
+        cargo.args(["build", "--release", "--features", "otlp", "--example", "demo"]);
         cargo.args(["--message-format", "json-render-diagnostics"]);
         cargo.current_dir(env!("CARGO_MANIFEST_DIR")).stderr(Stdio::inherit());
         let output = cargo.output().expect("cargo runs");

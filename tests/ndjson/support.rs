@@ -153,7 +153,7 @@ fn program() -> &'static PathBuf {
         }
         cargo
             .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .args(["build", "--quiet", "--example", "ndjson"])
+            .args(["build", "--quiet", "--all-features", "--example", "ndjson"])
             .arg("--message-format=json-render-diagnostics");
         if !cfg!(debug_assertions) {
             cargo.arg("--release");
