@@ -1,5 +1,5 @@
-//! Streams JSON rows out of Postgres with bounded memory, and tells, live and per entity, who is slow: your
-//! consumer or Postgres.
+//! Streams JSON rows from Postgres with bounded memory, and reports, live and per entity, which side is slow: your
+//! consumer, Postgres, or the async runtime.
 //!
 //! ```no_run
 //! use fraiseql_stream::Connection;
@@ -18,7 +18,7 @@
 //! # }
 //! ```
 //!
-//! An error at 3 a.m., whole and on one line:
+//! An error is one line, and reports which side set the pace:
 //!
 //! ```text
 //! orders: canceling statement due to statement timeout (57014) after 100,213 rows in 30.0 s; consumer-bound 94 %: Postgres waited for your code, not the other way round
@@ -31,27 +31,35 @@
 //! orders_slow_sink    26,700 rows   4.4 k/s  [##########]  consumer-bound 100 %
 //! ```
 //!
-//! # How rows flow
+//! # Overview
+//!
+//! - [`Connection`] connects and creates a [`Query`]; [`JsonStream`] is the stream of its rows.
+//! - [`Stats`] and [`Verdict`] report where the time of a stream goes; an [`Observer`] reads them from elsewhere.
+//! - [`Instruments`] record the metrics, and [describe](Instruments#entities) them.
+//! - [`Error`] is the error of all of them.
+//!
+//! Rows flow in one direction:
 //!
 //! ```text
-//! Query -> Connection -> producer (task) -> gauged channel (rows and bytes bounded) -> JsonStream<T> -> your code
-//!                           |                  |                                       |
-//!                           +------------------+---- write only ----> Instruments -----+----> OpenTelemetry / tracing
+//! Postgres -> producer -> gauged channel (rows and bytes bounded) -> JsonStream<T> -> your code
+//!                 |             |                                        |
+//!                 +-------------+-------------- write only --------------+--> OpenTelemetry, tracing
 //! ```
 //!
-//! Only two things go upstream: room, freed when a chunk is taken, and goodbye, when the stream is dropped:
-//! then Postgres is asked to cancel, and the connection is clean before its next query.
+//! Two signals go the other way: room, when a chunk is taken out of the channel, and the end, when the stream is
+//! dropped. Then Postgres is asked to cancel the query, and the connection is clean before its next one.
 //!
 //! # Features
 //!
-//! | feature | what it adds |
+//! | feature | adds |
 //! |---|---|
-//! | `otlp` | [`otlp::init`]: metrics, traces and logs by OTLP (http/protobuf), set up by the `OTEL_*` variables |
-//! | `otlp-grpc` | the same by gRPC, where `OTEL_EXPORTER_OTLP_PROTOCOL=grpc` |
+//! | `otlp` | `otlp::init()`: exports metrics, traces and logs by OTLP (http/protobuf), configured by the `OTEL_*` variables |
+//! | `otlp-grpc` | the same by gRPC, if `OTEL_EXPORTER_OTLP_PROTOCOL=grpc` |
+//! | `serde` | `Serialize` for [`Stats`] |
 //!
-//! Without features the crate depends on the OpenTelemetry API and `tracing` only. A service with providers of its own
-//! sets them before it connects, or passes [`Instruments`]; its spans need a layer of tracing-opentelemetry, as
-//! [described there](Instruments#spans).
+//! No feature is enabled by default: the crate then depends on the OpenTelemetry API and `tracing` only. A service with
+//! providers of its own sets them before it connects, or passes [`Instruments`]. Its spans need a layer of
+//! tracing-opentelemetry, as [described there](Instruments#spans).
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -72,9 +80,10 @@ pub use error::{Error, ErrorKind, Result};
 pub use opentelemetry;
 pub use stream::{FromJson, JsonStream, Query, RawJson};
 pub use telemetry::{Instruments, PollSpans};
+/// The Postgres client that [`Connection::client`] returns, with its types for parameters.
 pub use tokio_postgres;
 
-// The examples of the README compile, too.
+// Compiles the examples of the README as well.
 #[cfg(all(doctest, feature = "otlp"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
