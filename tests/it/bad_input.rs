@@ -44,7 +44,7 @@ async fn unknown_relation_is_a_query_error() {
     assert_eq!(error.sqlstate().unwrap().code(), "42P01");
     let text = text_of(&error, ErrorKind::Query);
     assert!(text.contains(r#"relation "ordesr" does not exist"#), "{text}");
-    assert!(text.contains("case counts") && text.contains("search_path"), "what to change: {text}");
+    assert!(text.contains("case-sensitive") && text.contains("search_path"), "what to change: {text}");
     let error = refusal!(db, db.query::<Value>("sales.good"));
     assert!(text_of(&error, ErrorKind::Query).contains("sales.good"), "{error}");
 }
