@@ -2,7 +2,8 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Locks a mutex. No code of the caller's runs under any lock of this crate, so a panic leaves no value half changed.
+/// Locks a mutex, even if a thread panicked while it held the lock. No lock of this crate is held while code of the
+/// caller runs, so a panic cannot leave a value half changed.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

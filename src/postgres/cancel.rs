@@ -1,7 +1,7 @@
-//! Cancels a query: from opening the socket of the cancel request to the query's last row.
+//! Cancels a query, from opening the socket of the cancel request to reading the last row.
 //!
-//! A cancel request names a backend, not a query. Postgres acts on it after it was sent and before it closes the
-//! socket, so the next query may be sent only after both: every request has been answered, and the query has ended.
+//! A cancel request names a backend, not a query. Postgres acts on the request before it closes the socket. The next
+//! query may therefore be sent only when the sockets of all requests are closed and the query has ended.
 
 use std::io;
 use std::pin::pin;
@@ -22,11 +22,11 @@ use crate::telemetry::QuerySpan;
 
 /// The time after which the query of a dropped stream must have ended. If it has not, the connection is closed.
 pub(super) const CLEANUP_TIMEOUT: Duration = Duration::from_secs(5);
-/// The time after which a cancel request is sent again. Doubles with every request.
-const CANCEL_RETRY: Duration = Duration::from_millis(25);
+/// The time after which a second cancel request is sent. Doubles with every request.
+const CANCEL_RETRY_INTERVAL: Duration = Duration::from_millis(25);
 
-/// Asks Postgres to cancel until `end`, the end of what runs, has come, in a span of its own below that of the query.
-/// Returns false if the connection must be closed.
+/// Asks Postgres to cancel until `end` resolves, which it must do when nothing runs any more. Opens a span of its own
+/// below that of the query. Returns `false` if the connection must be closed.
 pub(super) async fn cancel(
     peer: &Peer,
     token: &CancelToken,
@@ -52,28 +52,30 @@ pub(super) async fn cancel(
     false
 }
 
-/// Sends cancel requests until `end` has come. One is not enough: a backend that has not started the query yet ignores
-/// the signal.
+/// Sends cancel requests until `end` resolves. One is not enough, because a backend that has not started the query yet
+/// ignores it.
 ///
-/// Fails if a request may still be under way: it could cancel the next query.
+/// # Errors
+///
+/// An I/O error if a request may still be under way and could cancel the next query.
 async fn send_requests(peer: &Peer, token: &CancelToken, end: impl Future<Output = ()>) -> io::Result<()> {
     let mut end = pin!(end);
-    let mut retry = CANCEL_RETRY;
+    let mut retry_interval = CANCEL_RETRY_INTERVAL;
     loop {
         let socket = tokio::select! {
             biased;
             () = &mut end => return Ok(()),
             socket = CancelSocket::open(peer) => socket,
         };
-        // If a socket could not be opened, nothing was sent: the next one may do better.
+        // If the socket could not be opened, nothing was sent, and the next attempt may succeed.
         if let Ok(socket) = socket {
-            // Always awaited to its end.
+            // Awaited even if `end` resolves meanwhile, because the request could reach the next query.
             socket.cancel(token).await?;
         }
-        if timeout(retry, &mut end).await.is_ok() {
+        if timeout(retry_interval, &mut end).await.is_ok() {
             return Ok(());
         }
-        retry *= 2;
+        retry_interval *= 2;
     }
 }
 
@@ -85,7 +87,7 @@ enum CancelSocket {
 }
 
 impl CancelSocket {
-    /// Connects to the address that the query was sent to. Sends nothing yet.
+    /// Connects to the address to which the query was sent. Sends nothing yet.
     async fn open(peer: &Peer) -> io::Result<Self> {
         Ok(match peer {
             Peer::Tcp { addr, .. } => Self::Tcp(TcpStream::connect(addr).await?),
@@ -94,8 +96,8 @@ impl CancelSocket {
         })
     }
 
-    /// Sends the request and returns once Postgres has acted on it: the server closes the socket only after it has
-    /// sent the signal. Returning earlier would risk the next query.
+    /// Sends the request and waits until Postgres has acted on it: the server signals the backend before it closes the
+    /// socket.
     async fn cancel(self, token: &CancelToken) -> io::Result<()> {
         match self {
             Self::Tcp(socket) => cancel_on(socket, token).await,
@@ -111,7 +113,7 @@ where
 {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
     match send_cancel(&mut socket, token).await {
-        // The server has closed the socket as well, so nothing is under way any more.
+        // These also mean that the server has closed the socket, so nothing is under way any more.
         Err(error) if matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected) => Ok(()),
         other => other,
     }
@@ -132,7 +134,7 @@ where
 /// Reads and discards the remaining rows of a query.
 pub(super) async fn drain(mut rows: RawRows) {
     let mut next = async || std::future::poll_fn(|cx| rows.poll_row(cx, |_| ())).await;
-    // A lost connection yields its error for ever.
+    // A lost connection repeats its error and never ends.
     let is_lost = |error: &Error| error.kind() == ErrorKind::Disconnected;
     while next().await.is_some_and(|row| !row.as_ref().is_err_and(is_lost)) {}
 }

@@ -1,4 +1,4 @@
-//! The parameters of a query, encoded.
+//! `Value`: an encoded parameter of a query.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -8,14 +8,14 @@ use tokio_postgres::types::{Format, IsNull, ToSql, Type, to_sql_checked};
 
 use crate::error::Error;
 
-/// A parameter's value, already in the form that Postgres expects of it.
+/// The value of a parameter, encoded in the format that Postgres expects.
 pub(crate) struct Value {
     bytes: Option<Bytes>,
     format: Format,
 }
 
 impl fmt::Debug for Value {
-    // tokio-postgres logs parameters by this: it must not show the service's data.
+    // tokio-postgres logs parameters in this form, which must not show the data of the service.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.bytes {
             Some(bytes) => write!(f, "<{} bytes>", bytes.len()),
@@ -24,11 +24,15 @@ impl fmt::Debug for Value {
     }
 }
 
-/// Encodes values for the types that Postgres found in the statement.
+/// Encodes values for the parameter types of a prepared statement.
+///
+/// # Errors
+///
+/// `Statement` if there are more or fewer values than parameters, or if a value does not match its type.
 pub(crate) fn encode(values: &[&(dyn ToSql + Sync)], types: &[Type]) -> Result<Vec<Value>, Error> {
     if values.len() != types.len() {
         return Err(Error::statement(format!(
-            "the query has {}, but where_sql was given {}; give one value for each of $1, $2, ...",
+            "the query has {}, but where_sql received {}; pass one value for each of $1, $2, ...",
             counted(types.len(), "parameter"),
             counted(values.len(), "value"),
         )));
@@ -37,7 +41,7 @@ pub(crate) fn encode(values: &[&(dyn ToSql + Sync)], types: &[Type]) -> Result<V
         let mut bytes = BytesMut::new();
         let is_null = value.to_sql_checked(ty, &mut bytes).map_err(|why| {
             let number = index + 1;
-            Error::statement(format!("parameter ${number} is of type {ty} in the query: {why}; give a value of that type, or cast in where_sql: ${number}::text::{ty}"))
+            Error::statement(format!("parameter ${number} is of type {ty} in the query: {why}; pass a value of that type, or cast it in where_sql: ${number}::text::{ty}"))
         })?;
         let bytes = matches!(is_null, IsNull::No).then(|| bytes.freeze());
         Ok(Value { bytes, format: value.encode_format(ty) })
@@ -45,6 +49,7 @@ pub(crate) fn encode(values: &[&(dyn ToSql + Sync)], types: &[Type]) -> Result<V
     values.iter().zip(types).enumerate().map(encode).collect()
 }
 
+/// Writes a count with its noun: `1 value`, `2 values`.
 fn counted(count: usize, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
@@ -76,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_parameter_does_not_show_its_value() {
+    fn debug_of_a_parameter_hides_its_value() {
         let values = encode(&[&"s3cr3t", &None::<&str>], &[Type::TEXT, Type::TEXT]).unwrap();
         assert_eq!(format!("{values:?}"), "[<6 bytes>, NULL]");
     }

@@ -1,4 +1,4 @@
-//! The rows of a query, as raw bytes.
+//! `RawRows`: the rows of a query, as raw bytes.
 
 use std::error::Error as StdError;
 use std::pin::Pin;
@@ -10,7 +10,7 @@ use tokio_postgres::{RowStream, Statement};
 
 use crate::error::Error;
 
-/// Refuses a statement that does not give one column of JSON.
+/// Rejects a statement that does not return exactly one column of JSON.
 pub(crate) fn check_column(statement: &Statement) -> Result<(), Error> {
     match statement.columns() {
         [column] if matches!(*column.type_(), Type::JSON | Type::JSONB) => Ok(()),
@@ -21,7 +21,7 @@ pub(crate) fn check_column(statement: &Statement) -> Result<(), Error> {
             column.name(),
         ))),
         columns => Err(Error::statement(format!(
-            "the query gives {} columns, not one of json or jsonb",
+            "the query returns {} columns, not one of type json or jsonb",
             columns.len()
         ))),
     }
@@ -38,13 +38,13 @@ impl RawRows {
         Self { rows: Box::pin(rows), done: false }
     }
 
-    /// `ReadyForQuery` was seen: nothing runs any more.
+    /// Returns whether `ReadyForQuery` was received, after which nothing runs any more.
     pub(super) fn is_done(&self) -> bool {
         self.done
     }
 
-    /// Lends the JSON text of the next row to `look`; SQL NULL reads as JSON's. A row is lent, not given: nothing is
-    /// allocated for it here. Returns `None` at the end.
+    /// Calls `look` with the JSON text of the next row, which is borrowed so that no memory is allocated for it. SQL NULL
+    /// becomes the JSON text `null`. Returns `None` at the end.
     pub(crate) fn poll_row<V>(
         &mut self,
         cx: &mut Context<'_>,
@@ -62,7 +62,7 @@ impl RawRows {
     }
 }
 
-/// How SQL NULL reads as JSON.
+/// The JSON text for SQL NULL.
 const NULL: &[u8] = b"null";
 
 /// The text of a json or jsonb value.
@@ -71,9 +71,9 @@ struct Json<'a>(&'a [u8]);
 impl<'a> FromSql<'a> for Json<'a> {
     #[inline]
     fn from_sql(ty: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn StdError + Sync + Send>> {
-        // jsonb comes with the number of its format before the text.
+        // The binary format of jsonb has a version number before the text.
         let text =
-            if *ty == Type::JSONB { raw.strip_prefix(&[1]).ok_or("unknown version of jsonb")? } else { raw };
+            if *ty == Type::JSONB { raw.strip_prefix(&[1]).ok_or("unknown jsonb version")? } else { raw };
         Ok(Self(text))
     }
 

@@ -1,4 +1,4 @@
-//! A connection that is handed out to one query at a time, and is clean whenever it is handed out.
+//! `Session`: a connection that one query at a time can use, and that is clean before each of them.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,39 +16,43 @@ use super::connect::{self, Peer};
 use super::statements::Statements;
 use crate::error::{Error, ErrorKind, describe, io_cause};
 
-/// The time in which the server has to show that it is alive after a connection broke.
+/// The time in which the server must answer after a connection was lost, to count as alive.
 const LIVENESS_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// A connection to Postgres.
 pub(crate) struct Session {
     client: Client,
     config: Config,
     peer: Peer,
+    /// The schema in which unqualified names are looked up.
     schema: Option<String>,
-    wire: JoinHandle<()>,
-    /// Why the connection broke.
-    broken: Arc<OnceLock<String>>,
-    /// One permit: held by the query that runs, and by the clean-up behind it. Closed with the connection.
+    /// The task that drives the connection.
+    driver: JoinHandle<()>,
+    /// Why the connection was lost.
+    loss: Arc<OnceLock<String>>,
+    /// One permit, held while a query runs and until it is cleaned up. Closed together with the connection.
     turn: Arc<Semaphore>,
     statements: Statements,
-    /// The client was handed out, and a statement that the user sent by it may still run.
+    /// Set if the client was lent to the caller, whose statements may still run.
     lent: AtomicBool,
-    /// A query failed or was cancelled, and its caller may not know: the transaction that it ran in, if any, is
+    /// Set if a query failed or was cancelled and the caller may not know: the transaction in which it ran, if any, is
     /// aborted.
     unseen_failure: Arc<AtomicBool>,
 }
 
 impl Session {
+    /// Connects to Postgres.
     pub(crate) async fn connect(config: Config, statement_cache: usize) -> Result<Self, Error> {
-        let (client, wire, peer) = connect::connect(&config).await?;
+        let (client, connection, peer) = connect::connect(&config).await?;
         if let Some(warning) = connect::plaintext_warning(&config, &peer) {
             tracing::warn!("{warning}");
         }
-        let schema = wire.parameter("search_path").and_then(first_schema);
-        let broken = Arc::new(OnceLock::new());
-        let cause = Arc::clone(&broken);
-        let wire = tokio::spawn(async move {
-            // Whoever waits for an answer only learns that the connection is closed.
-            if let Err(error) = wire.await
+        let schema = connection.parameter("search_path").and_then(first_schema);
+        let loss = Arc::new(OnceLock::new());
+        let cause = Arc::clone(&loss);
+        let driver = tokio::spawn(async move {
+            // A pending request fails only with "connection closed", so the cause is kept for it.
+            if let Err(error) = connection.await
                 && has_cause(&error)
             {
                 let _ = cause.set(describe(&error));
@@ -59,8 +63,8 @@ impl Session {
             config,
             peer,
             schema,
-            wire,
-            broken,
+            driver,
+            loss,
             turn: Arc::new(Semaphore::new(1)),
             statements: Statements::new(statement_cache),
             lent: AtomicBool::new(false),
@@ -68,7 +72,11 @@ impl Session {
         })
     }
 
-    /// Waits until the query before is gone, its clean-up included. Fails once if it took a transaction along.
+    /// Waits until the previous query has ended and is cleaned up.
+    ///
+    /// # Errors
+    ///
+    /// `Disconnected` if the connection is closed; `TransactionAborted`, once, if the query has aborted a transaction.
     pub(crate) async fn turn(&self) -> Result<OwnedSemaphorePermit, Error> {
         let permit = Arc::clone(&self.turn).acquire_owned().await.map_err(|_| Error::closed())?;
         if self.client.is_closed() {
@@ -80,12 +88,12 @@ impl Session {
         Ok(permit)
     }
 
-    /// Like `turn`, for a query. Waits until what the user sent by the client is over, too: from then on a cancel
-    /// can hit nothing but that query.
+    /// Like `turn`, but for a query: also waits until the statements that the caller sent through the client have ended.
+    /// After that, a cancel request can reach no other statement than the query.
     pub(crate) async fn turn_for_query(&self) -> Result<OwnedSemaphorePermit, Error> {
         let permit = self.turn().await?;
         if self.lent.load(Ordering::Relaxed) {
-            // Postgres answers in order.
+            // Postgres answers in order, so its answer means that all earlier statements have ended.
             if let Err(error) = self.client.check_connection().await {
                 return Err(self.explain(Error::query(error)).await);
             }
@@ -94,7 +102,7 @@ impl Session {
         Ok(permit)
     }
 
-    /// In an aborted transaction Postgres refuses every statement but those that end it.
+    /// Fails if the open transaction is aborted: Postgres then rejects every statement but those that end it.
     async fn check_transaction(&self) -> Result<(), Error> {
         let checked = self.client.batch_execute("SELECT 1").await;
         self.unseen_failure.store(false, Ordering::Relaxed);
@@ -107,77 +115,83 @@ impl Session {
         }
     }
 
-    /// Set from when a query fails until the caller is given its error.
+    /// Returns the flag that is set from the failure of a query until its error is returned to the caller.
     pub(crate) fn unseen_failure(&self) -> &Arc<AtomicBool> {
         &self.unseen_failure
     }
 
-    /// The client, to send statements of this crate.
+    /// Returns the client, for statements of this crate.
     pub(super) fn sender(&self) -> &Client {
         &self.client
     }
 
+    /// Returns the cache of prepared statements.
     pub(super) fn statements(&self) -> &Statements {
         &self.statements
     }
 
-    /// The statement of this text, if it is prepared.
+    /// Returns the prepared statement with this text, if it is in the cache.
     pub(crate) fn statement(&self, text: &str) -> Option<Statement> {
         self.statements.get(text)
     }
 
+    /// Returns whether the connection is closed.
     pub(crate) fn is_closed(&self) -> bool {
         self.client.is_closed() || self.turn.is_closed()
     }
 
-    /// Hands out the client to the user.
+    /// Lends the client to the caller, for statements of its own.
     pub(crate) fn lend(&self) -> &Client {
         self.lent.store(true, Ordering::Relaxed);
         &self.client
     }
 
+    /// Lends the client mutably to the caller.
     pub(crate) fn lend_mut(&mut self) -> &mut Client {
         self.lent.store(true, Ordering::Relaxed);
         &mut self.client
     }
 
-    /// Says goodbye to Postgres, and waits until the socket is closed.
+    /// Ends the session with Postgres and waits until the socket is closed.
     pub(crate) async fn close(self) {
-        let Self { client, wire, .. } = self;
+        let Self { client, driver, .. } = self;
         drop(client);
-        let abort = wire.abort_handle();
-        if timeout(CLEANUP_TIMEOUT, wire).await.is_err() {
+        let abort = driver.abort_handle();
+        if timeout(CLEANUP_TIMEOUT, driver).await.is_err() {
             abort.abort();
         }
     }
 
+    /// Returns the address of the server.
     pub(crate) fn peer(&self) -> &Peer {
         &self.peer
     }
 
+    /// Returns the name of the database; without one, Postgres uses the name of the user.
     pub(crate) fn database(&self) -> Option<&str> {
         self.config.get_dbname().or_else(|| self.config.get_user())
     }
 
-    /// The schema that unqualified names are looked up in, if the server said so at connect time.
+    /// Returns the schema in which unqualified names are looked up, if the server reported it when the connection was
+    /// made.
     pub(crate) fn schema(&self) -> Option<&str> {
         self.schema.as_deref()
     }
 
-    /// Adds to an error that ended the connection whether the server is still there.
+    /// Adds to an error that ended the connection whether the server still answers.
     pub(super) async fn explain(&self, error: Error) -> Error {
         if error.kind() != ErrorKind::Disconnected {
             return error;
         }
-        // Boxed: what it needs is large, and hardly ever needed.
+        // Boxed, because this future is large and rarely needed.
         Box::pin(self.explain_loss(error)).await
     }
 
     async fn explain_loss(&self, error: Error) -> Error {
         let probe = connect::connect_one(&self.config, &self.peer);
         let answer = timeout(LIVENESS_TIMEOUT, probe).await;
-        // The task that knows the cause may have been behind us, but not by as much as that.
-        let error = match self.broken.get() {
+        // Read after the probe, by which time the driver task has stored the cause.
+        let error = match self.loss.get() {
             Some(cause) if error.sqlstate().is_none() => error.with_note(cause),
             _ => error,
         };
@@ -194,25 +208,26 @@ impl Session {
         error.with_note(&format!("the whole server {state}: {}", reason(&refusal)))
     }
 
-    /// Closes the socket; the backend ends as soon as it notices.
+    /// Closes the connection without ending the session. The backend ends when it notices.
     pub(super) fn discard(&self) {
         self.turn.close();
-        self.wire.abort();
+        self.driver.abort();
     }
 }
 
+/// Returns the first schema that a search path names, other than `$user`.
 fn first_schema(search_path: &str) -> Option<String> {
     let named = |schema: &&str| !schema.is_empty() && *schema != "$user";
     let mut schemas = search_path.split(',').map(|schema| schema.trim().trim_matches('"'));
     schemas.find(named).map(ToOwned::to_owned)
 }
 
-/// Whether the end of a connection has a cause of its own, beyond its being over.
+/// Returns whether the error says why the connection ended, and not only that it did.
 fn has_cause(error: &tokio_postgres::Error) -> bool {
     error.as_db_error().is_some() || io_cause(error).is_some_and(|io| io.raw_os_error().is_some())
 }
 
-/// Whether nobody listens; a server that restarts takes connections, and drops them.
+/// Returns whether no server listens at the address. A server that restarts accepts connections and then drops them.
 fn is_refused(error: &Error) -> bool {
     let io = match error.client_error() {
         Some(error) => io_cause(error),
@@ -221,7 +236,7 @@ fn is_refused(error: &Error) -> bool {
     io.is_some_and(|io| matches!(io.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound))
 }
 
-/// Why a connection could not be made, in the server's or the system's words.
+/// Returns why a connection could not be made, in the words of the server or the operating system.
 fn reason(error: &Error) -> String {
     match error.client_error() {
         Some(error) => describe(error),

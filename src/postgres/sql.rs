@@ -1,4 +1,4 @@
-//! The text of a query.
+//! `Sql`: the text of a query.
 
 use crate::error::Error;
 
@@ -13,15 +13,19 @@ pub(crate) struct Sql {
 }
 
 impl Sql {
-    /// The statement's text, or why the entity is no name of a relation.
+    /// Returns the text of the statement.
+    ///
+    /// # Errors
+    ///
+    /// `Config` if the entity is not a valid name, or if a clause contains a NUL byte.
     pub(crate) fn text(&self) -> Result<String, Error> {
         let from = format!("SELECT data FROM {}", quote(&self.entity)?);
         if self.conditions.iter().chain(&self.order_by).any(|text| text.contains('\0')) {
             return Err(Error::config(
-                "where_sql or order_by has a NUL byte, which Postgres takes in no text",
+                "invalid where_sql or order_by: it contains a NUL byte, which Postgres does not accept; remove it",
             ));
         }
-        // On lines of their own: a comment at the end of a condition must not swallow what follows.
+        // Each on lines of its own, so that a comment at the end of a condition does not extend to what follows.
         let clauses = [
             clause("WHERE (", &self.conditions.join("\n) AND ("), "\n)"),
             clause("ORDER BY ", &self.order_by.join("\n, "), "\n"),
@@ -31,32 +35,33 @@ impl Sql {
         Ok(from + &clauses.concat())
     }
 
-    /// The schema, where the entity names one.
+    /// Returns the schema, if the name of the entity has one.
     pub(crate) fn schema(&self) -> Option<String> {
         let parts = split(&self.entity).ok()?;
         parts.len().checked_sub(2).map(|i| parts[i].clone())
     }
 }
 
+/// Puts a text between its keyword and `after`; an empty text makes no clause.
 fn clause(before: &str, text: &str, after: &str) -> String {
     if text.is_empty() { String::new() } else { format!("\n{before}{text}{after}") }
 }
 
-/// Quotes a relation's name, part by part. Case counts, as always in quotes.
+/// Quotes each part of a relation's name. A quoted name is case-sensitive.
 fn quote(entity: &str) -> Result<String, Error> {
     let parts = split(entity).map_err(|why| {
         Error::config(format!(
-            "{entity:?} is no name of a relation: {why}; write name, schema.name or \"a.dot\".\"inside\""
+            "invalid entity {entity:?}: {why}; write name, schema.name or \"a.dot\".\"inside\""
         ))
     })?;
     let quoted: Vec<_> = parts.iter().map(|part| format!("\"{}\"", part.replace('"', "\"\""))).collect();
     Ok(quoted.join("."))
 }
 
-/// Splits at dots that stand outside of double quotes.
+/// Splits a name at the dots outside of double quotes, and removes the quotes. Returns why it is invalid otherwise.
 fn split(entity: &str) -> Result<Vec<String>, &'static str> {
     if entity.contains('\0') {
-        return Err("it has a NUL byte");
+        return Err("it contains a NUL byte");
     }
     let mut parts = Vec::new();
     let mut rest = entity;
@@ -68,18 +73,18 @@ fn split(entity: &str) -> Result<Vec<String>, &'static str> {
             (rest[..end].to_owned(), &rest[end..])
         };
         if part.is_empty() {
-            return Err("a part of it is empty");
+            return Err("it has an empty part");
         }
         parts.push(part);
         match after.strip_prefix('.') {
             Some(next) => rest = next,
             None if after.is_empty() => return Ok(parts),
-            None => return Err("something follows a closing quote"),
+            None => return Err("a closing quote is not followed by a dot"),
         }
     }
 }
 
-/// Reads up to the closing quote; a doubled one stands for itself.
+/// Splits a text after the closing quote, and returns the name before it. A doubled quote stands for one quote.
 fn unquote(text: &str) -> Result<(String, &str), &'static str> {
     let mut name = String::new();
     let mut rest = text;
@@ -94,7 +99,7 @@ fn unquote(text: &str) -> Result<(String, &str), &'static str> {
             None => return Ok((name, rest)),
         }
     }
-    Err("a quote is not closed")
+    Err("a double quote is not closed")
 }
 
 #[cfg(test)]
@@ -107,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entity_is_a_name_and_never_sql() {
+    fn entity_is_a_name_and_never_sql() {
         assert_eq!(text("orders"), r#"SELECT data FROM "orders""#);
         assert_eq!(text("sales.Orders"), r#"SELECT data FROM "sales"."Orders""#);
         assert_eq!(text("users; drop table x"), r#"SELECT data FROM "users; drop table x""#);
@@ -116,14 +121,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_name_is_refused() {
+    fn invalid_name_is_refused() {
         for entity in ["", ".", "a.", ".a", "a\0b", "\"a", "\"a\"b", "\"\""] {
-            assert!(text(entity).contains("is no name of a relation"), "{entity:?}");
+            assert!(text(entity).starts_with("invalid entity "), "{entity:?}");
         }
     }
 
     #[test]
-    fn clauses_stand_on_lines_of_their_own() {
+    fn each_clause_is_on_lines_of_its_own() {
         let sql = Sql {
             entity: "t".to_owned(),
             conditions: vec!["a = $1 -- why".to_owned(), "b OR c".to_owned()],

@@ -1,4 +1,4 @@
-//! The prepared statements that a connection keeps for further use.
+//! `Statements`: the prepared statements that a connection keeps for further use.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -7,7 +7,7 @@ use tokio_postgres::Statement;
 
 use crate::sync::lock;
 
-/// Prepared statements by their text. If the cache is full, the least recently used one is evicted.
+/// A cache of prepared statements by their text. If it is full, the least recently used one is evicted.
 #[derive(Debug)]
 pub(crate) struct Statements {
     capacity: usize,
@@ -28,10 +28,12 @@ struct Entry {
 }
 
 impl Statements {
+    /// Creates a cache of at most `capacity` statements.
     pub(super) fn new(capacity: usize) -> Self {
         Self { capacity, entries: Mutex::default() }
     }
 
+    /// Returns the statement with this text and marks it as used.
     pub(super) fn get(&self, text: &str) -> Option<Statement> {
         let mut entries = lock(&self.entries);
         entries.uses += 1;
@@ -41,6 +43,7 @@ impl Statements {
         Some(entry.statement.clone())
     }
 
+    /// Adds a statement. Does nothing if the capacity is 0.
     pub(super) fn insert(&self, text: &str, statement: &Statement) {
         if self.capacity == 0 {
             return;
@@ -52,10 +55,11 @@ impl Statements {
         let evicted = if entries.by_text.len() < self.capacity { None } else { entries.evict() };
         entries.by_text.insert(Arc::from(text), Entry { statement: statement.clone(), last_use });
         drop(entries);
-        // Closes them on the server, which needs no lock.
+        // Dropping a statement closes it on the server, which needs no lock.
         drop((replaced, evicted));
     }
 
+    /// Removes the statement with this text, if there is one.
     pub(super) fn remove(&self, text: &str) {
         let removed = lock(&self.entries).by_text.remove(text);
         drop(removed);
@@ -63,6 +67,7 @@ impl Statements {
 }
 
 impl Entries {
+    /// Removes and returns the least recently used statement.
     fn evict(&mut self) -> Option<Entry> {
         let oldest = self.by_text.iter().min_by_key(|(_, entry)| entry.last_use)?;
         let text = Arc::clone(oldest.0);

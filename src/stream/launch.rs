@@ -1,8 +1,8 @@
 //! `Launch`: the work that produces a stream's rows, run by the consumer's own polls until it pays to spawn a task.
 //!
-//! A short result arrives with the first answer of Postgres. It needs no task, and no row changes threads: the
-//! consumer, which is waiting anyway, reads it. Work that takes longer, or needs timers and sockets, moves into a
-//! task.
+//! A short result arrives with the first answer of Postgres. It needs no task, and no row changes threads, because the
+//! consumer, which has to wait anyway, reads it itself. Work that takes longer, or needs timers or sockets, moves into
+//! a task.
 
 use std::fmt;
 use std::pin::Pin;
@@ -17,10 +17,11 @@ use crate::channel::{Chore, Watchdog};
 use crate::sync::lock;
 use crate::telemetry::Heartbeat;
 
+/// The future that produces the rows of a stream.
 pub(crate) type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// The work of one stream. If this is dropped before the work is done, the work finishes in a task, clean-up
-/// included.
+/// The work of one stream. If it is dropped before the work is done, the work, including the clean-up, completes in a
+/// task.
 #[derive(Debug)]
 pub(crate) struct Launch(Arc<Inner>);
 
@@ -28,13 +29,15 @@ struct Inner {
     runtime: Handle,
     watchdog: Arc<Watchdog>,
     handover: Handover,
-    /// `None` once it has moved into a task or is done.
+    /// `None` once the work has moved into a task or is done.
     work: Mutex<Option<Work>>,
     heartbeat: Heartbeat,
-    is_old: AtomicBool,
+    /// Set once the chore has run.
+    has_run: AtomicBool,
 }
 
 impl Launch {
+    /// Prepares the launch of work, which starts with the first poll.
     pub(crate) fn new(
         runtime: Handle,
         watchdog: Arc<Watchdog>,
@@ -44,20 +47,21 @@ impl Launch {
         watchdog.stream_begins();
         let work = Mutex::new(Some(work));
         let inner =
-            Arc::new(Inner { runtime, watchdog, handover, work, heartbeat, is_old: AtomicBool::new(false) });
+            Arc::new(Inner { runtime, watchdog, handover, work, heartbeat, has_run: AtomicBool::new(false) });
         let chore: Weak<dyn Chore> = Arc::<Inner>::downgrade(&inner);
         inner.watchdog.add_chore(chore);
         Self(inner)
     }
 
-    /// Does the work that can be done now; returns whether the caller has to poll again.
+    /// Polls the work, and moves it into a task if it has requested one. Returns whether it still depends on the
+    /// caller's polls.
     pub(crate) fn poll(&self, cx: &mut Context<'_>) -> bool {
         let inner = &self.0;
         let mut slot = lock(&inner.work);
         let Some(work) = slot.as_mut() else { return false };
         if work.as_mut().poll(cx).is_ready() {
             *slot = None;
-        } else if inner.handover.is_wanted() {
+        } else if inner.handover.is_requested() {
             inner.spawn(slot.take());
         }
         slot.is_some()
@@ -87,20 +91,20 @@ impl Inner {
 }
 
 impl Chore for Inner {
-    /// Moves the work into a task the first time, as its consumer waits for long or is busy elsewhere; logs the
-    /// heartbeat after that.
+    /// Moves the work into a task the first time, because its consumer has been waiting for long or is busy elsewhere.
+    /// Logs the heartbeat after that.
     fn run(&self) -> Option<Duration> {
-        if self.is_old.swap(true, Ordering::Relaxed) {
+        if self.has_run.swap(true, Ordering::Relaxed) {
             self.heartbeat.log();
             return Some(Heartbeat::EVERY);
         }
-        // If the lock is held, the work is being polled at this moment: try again soon.
+        // If the lock is held, the work is being polled at this moment, so try again soon.
         if let Ok(mut slot) = self.work.try_lock() {
             let work = slot.take();
             drop(slot);
             self.spawn(work);
         } else {
-            self.is_old.store(false, Ordering::Relaxed);
+            self.has_run.store(false, Ordering::Relaxed);
             return Some(Duration::ZERO);
         }
         Some(Heartbeat::EVERY)
@@ -113,35 +117,38 @@ impl fmt::Debug for Inner {
     }
 }
 
-/// Where the work runs. Shared with the work itself, which asks for a task when it needs one.
+/// Records where the work runs. Shared with the work itself, which requests a task when it needs one.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Handover(Arc<AtomicU8>);
 
 const BY_POLLS: u8 = 0;
-const WANTS_TASK: u8 = 1;
+const REQUESTED: u8 = 1;
 const IN_TASK: u8 = 2;
 
 impl Handover {
-    /// Continues in a task, where timers and sockets can be used and the consumer need not poll.
+    /// Waits until the work runs in a task, where it can use timers and sockets and does not depend on the consumer's
+    /// polls.
     pub(crate) async fn ensure_task(&self) {
         std::future::poll_fn(|_| {
-            let wants = self.0.compare_exchange(BY_POLLS, WANTS_TASK, Ordering::Relaxed, Ordering::Relaxed);
-            if wants == Err(IN_TASK) { Poll::Ready(()) } else { Poll::Pending }
+            let state = self.0.compare_exchange(BY_POLLS, REQUESTED, Ordering::Relaxed, Ordering::Relaxed);
+            if state == Err(IN_TASK) { Poll::Ready(()) } else { Poll::Pending }
         })
         .await;
     }
 
-    pub(crate) fn is_done(&self) -> bool {
+    /// Returns whether the work runs in a task.
+    pub(crate) fn is_in_task(&self) -> bool {
         self.0.load(Ordering::Relaxed) == IN_TASK
     }
 
-    fn is_wanted(&self) -> bool {
-        self.0.load(Ordering::Relaxed) == WANTS_TASK
+    /// Returns whether the work has requested a task.
+    fn is_requested(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == REQUESTED
     }
 
-    /// The handover of work that is in a task already.
+    /// Creates the handover of work that runs in a task already.
     #[cfg(test)]
-    pub(crate) fn done() -> Self {
+    pub(crate) fn in_task() -> Self {
         Self(Arc::new(AtomicU8::new(IN_TASK)))
     }
 }

@@ -1,4 +1,4 @@
-//! The producer: raw rows from any source, cut into chunks, sent as far as there is room.
+//! The producer: cuts the rows of a source into chunks, and sends them to the channel while there is room.
 
 use std::task::{Context, Poll};
 
@@ -7,9 +7,9 @@ use crate::channel::{Chunk, Closed, Filling, Limits, Payload as _, Room, Sender}
 use crate::error::Error;
 use crate::postgres::RawRows;
 
-/// Where rows come from.
+/// A source of rows.
 pub(super) trait Source {
-    /// Lends the JSON text of the next row to `look`. Returns `None` at the end.
+    /// Calls `look` with the JSON text of the next row. Returns `None` at the end.
     fn poll_row<V>(
         &mut self,
         cx: &mut Context<'_>,
@@ -28,20 +28,22 @@ impl Source for RawRows {
     }
 }
 
-/// Why not all rows are in the channel.
+/// Why not all rows were sent.
 #[derive(Debug)]
 pub(super) enum Stopped {
-    /// The consumer left.
+    /// The stream was dropped.
     Closed,
-    /// The source failed. All rows that precede the error are in the channel.
+    /// The source failed. All rows that precede the error were sent.
     Failed(Error),
 }
 
-/// Moves all rows of `source` into the channel; returns when the source has ended, or has failed, and all
-/// that came before is in the channel. `Closed` says that the consumer left first.
+/// Sends all rows of `source` to the channel. Moves into a task if there is more than one chunk.
 ///
-/// Room is asked for before rows are read, so what is read can always be sent and at most one row waits
-/// outside of the channel's bounds. Moves into a task if there is more than one chunk.
+/// Rows are read only when there is room for them, so that at most one row waits outside of the channel's bounds.
+///
+/// # Errors
+///
+/// `Stopped`, after all rows that precede the error were sent, or as soon as the stream is dropped.
 pub(super) async fn run(
     sender: &mut Sender<Chunk, Error>,
     source: &mut impl Source,
@@ -64,7 +66,7 @@ pub(super) async fn run(
         if cut? {
             return Ok(());
         }
-        if !handover.is_done() {
+        if !handover.is_in_task() {
             sender.leave();
             handover.ensure_task().await;
         }
@@ -77,12 +79,12 @@ impl From<Closed> for Stopped {
     }
 }
 
-/// Cuts a stream of rows into chunks.
+/// Cuts the rows of a source into chunks.
 struct Cutter {
     limits: Limits,
     room: Room,
     filling: Filling,
-    /// A row that was read and did not fit.
+    /// A row that was read but does not fit.
     held: Option<Vec<u8>>,
 }
 
@@ -91,7 +93,7 @@ impl Cutter {
         Self { limits, room: Room { rows: 0, bytes: 0 }, filling: Filling::default(), held: None }
     }
 
-    /// Fills the chunk until it is full or the source has nothing ready; true at the end of the source.
+    /// Fills the chunk until it is full or no further row is ready. Returns `true` at the end of the source.
     fn poll_cut(&mut self, cx: &mut Context<'_>, source: &mut impl Source) -> Poll<Result<bool, Error>> {
         if let Some(row) = self.held.take() {
             self.filling.adopt(row);
@@ -100,7 +102,7 @@ impl Cutter {
             match source.poll_row(cx, |row| self.push(row)) {
                 Poll::Ready(Some(pushed)) => pushed?,
                 Poll::Ready(None) => return Poll::Ready(Ok(true)),
-                // What is there must not wait for what is not.
+                // The rows that are ready must not wait for those that are not.
                 Poll::Pending if self.filling.rows() > 0 => break,
                 Poll::Pending => return Poll::Pending,
             }
@@ -129,6 +131,7 @@ impl Cutter {
             || self.filling.bytes() >= self.limits.chunk_bytes
     }
 
+    /// Returns the chunk, unless it is empty.
     fn take(&mut self) -> Option<Chunk> {
         if self.filling.rows() == 0 {
             return None;
@@ -157,10 +160,10 @@ mod tests {
 
     type Row = Result<&'static str, Error>;
 
-    /// Any stream as a source.
-    struct From<S>(S);
+    /// A source that yields the items of a stream.
+    struct StreamSource<S>(S);
 
-    impl<S: Stream<Item = Row> + Unpin> Source for From<S> {
+    impl<S: Stream<Item = Row> + Unpin> Source for StreamSource<S> {
         fn poll_row<V>(
             &mut self,
             cx: &mut Context<'_>,
@@ -170,7 +173,7 @@ mod tests {
         }
     }
 
-    /// The sizes of the chunks that can be taken now, and whether the end was among them.
+    /// Returns the sizes of the chunks that can be taken now, and whether the end follows them.
     fn chunks(receiver: &mut Receiver<Chunk, Error>) -> (Vec<usize>, bool) {
         let mut sizes = Vec::new();
         loop {
@@ -183,11 +186,11 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_cut_into_chunks_and_what_is_ready_does_not_wait() {
+    fn ready_rows_are_sent_in_chunks_without_waiting_for_more() {
         let (mut sender, mut receiver) = channel();
-        let in_task = Handover::done();
+        let in_task = Handover::in_task();
         let (rows, source) = mpsc::unbounded();
-        let mut source = From(source);
+        let mut source = StreamSource(source);
         let mut work = task::spawn(run(&mut sender, &mut source, &in_task));
         for _ in 0..6 {
             rows.unbounded_send(Ok("1")).unwrap();
@@ -199,28 +202,28 @@ mod tests {
     }
 
     #[test]
-    fn a_full_channel_makes_the_source_wait() {
+    fn full_channel_makes_the_source_wait() {
         let (mut sender, mut receiver) = channel();
-        let in_task = Handover::done();
+        let in_task = Handover::in_task();
         let source = futures::stream::iter((0..100).map(|_| Ok("1")));
-        let mut source = From(source);
+        let mut source = StreamSource(source);
         let mut work = task::spawn(run(&mut sender, &mut source, &in_task));
         assert_pending!(work.poll());
-        assert_eq!(receiver.gauge().rows(), 8, "full to the row");
+        assert_eq!(receiver.gauge().rows(), 8, "the channel is full");
         assert_eq!(chunks(&mut receiver), (vec![4, 4], false));
         assert!(work.is_woken());
     }
 
     #[test]
-    fn a_row_that_does_not_fit_waits_and_keeps_its_place() {
+    fn row_that_does_not_fit_waits_and_keeps_its_place() {
         let (mut sender, mut receiver) = channel();
-        let in_task = Handover::done();
+        let in_task = Handover::in_task();
         let source = futures::stream::iter([
             Ok("1"),
             Ok("22222222222222222222222222222222222222222222222222222222222222222222222222222222222222222"),
             Ok("3"),
         ]);
-        let mut source = From(source);
+        let mut source = StreamSource(source);
         let mut work = task::spawn(run(&mut sender, &mut source, &in_task));
         let mut seen = Vec::new();
         for _ in 0..3 {
@@ -234,11 +237,11 @@ mod tests {
     }
 
     #[test]
-    fn a_chunk_is_cut_before_it_has_too_many_bytes() {
+    fn chunk_is_cut_before_it_exceeds_its_bytes() {
         let (mut sender, mut receiver) = channel();
-        let in_task = Handover::done();
+        let in_task = Handover::in_task();
         let source = futures::stream::iter(["30 bytes, which is not too much"; 2].map(Ok));
-        let mut source = From(source);
+        let mut source = StreamSource(source);
         let mut work = task::spawn(run(&mut sender, &mut source, &in_task));
         assert!(matches!(assert_ready!(work.poll()), Ok(())));
         drop(work);
@@ -248,9 +251,9 @@ mod tests {
     #[test]
     fn rows_before_an_error_are_sent_before_it() {
         let (mut sender, mut receiver) = channel();
-        let in_task = Handover::done();
+        let in_task = Handover::in_task();
         let source = futures::stream::iter([Ok("1"), Ok("2"), Err(Error::lost())]);
-        let mut source = From(source);
+        let mut source = StreamSource(source);
         let mut work = task::spawn(run(&mut sender, &mut source, &in_task));
         assert!(matches!(assert_ready!(work.poll()), Err(Stopped::Failed(_))));
         drop(work);
@@ -258,10 +261,10 @@ mod tests {
     }
 
     #[test]
-    fn a_consumer_that_leaves_ends_the_work_also_while_the_source_is_silent() {
+    fn dropped_receiver_ends_the_work_while_the_source_is_silent() {
         let (mut sender, receiver) = channel();
-        let in_task = Handover::done();
-        let mut source = From(futures::stream::pending::<Row>());
+        let in_task = Handover::in_task();
+        let mut source = StreamSource(futures::stream::pending::<Row>());
         let mut work = task::spawn(run(&mut sender, &mut source, &in_task));
         assert_pending!(work.poll());
         drop(receiver);

@@ -1,22 +1,22 @@
-//! `Reader`: takes chunks from the channel, decodes rows into `T`, and records where the consumer's time goes.
+//! `Reader`: takes chunks from the channel, decodes their rows into `T`, and records where the consumer's time goes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
-use super::decode::{FromJson, InHand, Sampler};
+use super::decode::{CurrentChunk, FromJson, Sampler};
 use super::launch::Launch;
 use crate::channel::{Chunk, Ended, Nanos, Observer, Occupancy, Payload as _, Progress, Receiver, Taken};
 use crate::error::{Error, Result};
 use crate::telemetry::{PollBatch, Recorder};
 
-/// A Rust predicate on rows that are already decoded.
+/// A condition on decoded rows.
 pub(crate) type Predicate<T> = Box<dyn FnMut(&T) -> bool + Send>;
 
 /// The consumer's half of a stream.
 pub(crate) struct Reader<T: FromJson> {
     receiver: Receiver<Chunk, Error>,
-    chunk: InHand<T>,
+    chunk: CurrentChunk<T>,
     ended: bool,
     predicate: Option<Predicate<T>>,
     sampler: Sampler,
@@ -27,42 +27,44 @@ pub(crate) struct Reader<T: FromJson> {
     limit: Option<u64>,
     /// The error that follows the rows last returned by `next_chunk`.
     held: Option<Error>,
-    /// When the poll began that is waiting for a chunk.
+    /// The time at which the poll began that waits for a chunk.
     polled: Option<Nanos>,
-    /// That poll found the channel empty.
+    /// Whether that poll found the channel empty.
     waited: bool,
     paused: bool,
 }
 
 /// Where rows are produced.
 enum Producing {
-    /// In this reader's own polls.
+    /// In the polls of this reader.
     ByPolls(Launch),
+    /// In a task.
     InTask {
         /// Keeps the heartbeat alive.
         _launch: Launch,
     },
-    /// Nowhere: the stream has ended.
-    Over,
+    /// Nowhere, because the stream has ended.
+    Ended,
 }
 
-/// What a query hands over to its stream.
+/// What a query passes to its stream.
 pub(crate) struct Parts<T> {
     pub(crate) receiver: Receiver<Chunk, Error>,
     pub(crate) predicate: Option<Predicate<T>>,
     pub(crate) observer: Observer,
     pub(crate) recorder: Recorder,
     pub(crate) unseen_failure: Arc<AtomicBool>,
-    /// Of the query's rows.
+    /// The limit of the query, if it has one.
     pub(crate) limit: Option<u64>,
     pub(crate) launch: Launch,
 }
 
 impl<T: FromJson> Reader<T> {
+    /// Creates the reader of a query that was started.
     pub(crate) fn new(parts: Parts<T>) -> Self {
         Self {
             receiver: parts.receiver,
-            chunk: InHand::default(),
+            chunk: CurrentChunk::default(),
             ended: false,
             predicate: parts.predicate,
             sampler: Sampler::default(),
@@ -78,11 +80,11 @@ impl<T: FromJson> Reader<T> {
         }
     }
 
-    /// Returns the next row if it has arrived. Looking does not count as waiting.
+    /// Returns the next row if it has arrived. Does not count as waiting.
     pub(crate) fn next_ready(&mut self) -> Poll<Option<Result<T>>> {
         self.resume();
         loop {
-            if let Some(row) = self.next_in_hand() {
+            if let Some(row) = self.next_buffered() {
                 return Poll::Ready(Some(row));
             }
             if self.ended {
@@ -90,23 +92,24 @@ impl<T: FromJson> Reader<T> {
             }
             self.leave_to_task();
             let Some(taken) = self.receiver.try_take() else { return Poll::Pending };
-            self.polling();
+            self.begin_poll();
             if let Some(error) = self.accept(taken) {
                 return Poll::Ready(Some(Err(error)));
             }
         }
     }
 
+    /// Returns the next row, or waits for it.
     pub(crate) fn poll_row(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<T>>> {
         self.resume();
         loop {
-            if let Some(row) = self.next_in_hand() {
+            if let Some(row) = self.next_buffered() {
                 return Poll::Ready(Some(row));
             }
             if self.ended {
                 return Poll::Ready(None);
             }
-            // A source that always has rows must not keep other tasks from running.
+            // Even if rows are always ready, other tasks must be able to run.
             let Poll::Ready(budget) = tokio::task::coop::poll_proceed(cx) else {
                 self.receiver.yield_thread();
                 return Poll::Pending;
@@ -119,7 +122,8 @@ impl<T: FromJson> Reader<T> {
         }
     }
 
-    /// The rest of the current chunk or the next chunk, or the error that precedes its rows.
+    /// Returns the rest of the current chunk, or waits for the next one. An error that precedes its rows is returned
+    /// first.
     pub(crate) async fn next_chunk(&mut self) -> Result<Option<Vec<T>>> {
         let Some(first) = std::future::poll_fn(|cx| self.poll_row(cx)).await.transpose()? else {
             return Ok(None);
@@ -150,40 +154,43 @@ impl<T: FromJson> Reader<T> {
         Ok(())
     }
 
+    /// Declares that the consumer pauses on purpose.
     pub(crate) fn pause(&mut self) {
         self.leave_to_task();
-        // A poll that is still waiting ends here: the pause is not part of its time.
+        // A poll that still waits ends here, so that its time does not include the pause.
         (self.polled, self.waited, self.paused) = (None, false, true);
         self.receiver.pause();
     }
 
+    /// Ends a pause, if there is one.
     pub(crate) fn resume(&mut self) {
         if std::mem::take(&mut self.paused) {
             self.receiver.resume();
         }
     }
 
-    /// Ends the stream at any point.
+    /// Ends the stream, at its end or before.
     pub(crate) fn end(&mut self) {
         let is_complete = self.is_complete();
-        // The times must stand still before they are recorded.
+        // Closing stops the clocks, so that the times are final when they are recorded.
         self.receiver.close();
         self.recorder.ended(is_complete.then_some(Ok(())));
         self.ended = true;
-        self.producing = Producing::Over;
+        self.producing = Producing::Ended;
     }
 
-    /// Whether the last row was taken. The good end behind it need not be here yet where the rows have a limit.
+    /// Returns whether the last row was read. If the query has a limit, its end need not have arrived yet.
     fn is_complete(&self) -> bool {
         let is_last = match self.receiver.peek_end() {
             Some(end) => end == Ended::Complete,
-            None => self.limit.is_some_and(|limit| self.chunk.rows_given() >= limit),
+            None => self.limit.is_some_and(|limit| self.chunk.stream_rows() >= limit),
         };
         is_last && self.held.is_none() && self.chunk.is_used_up()
     }
 
+    /// Takes the next chunk or the end, or waits for it.
     fn poll_take(&mut self, cx: &mut Context<'_>) -> Poll<Taken<Chunk, Error>> {
-        let polled = self.polling();
+        let polled = self.begin_poll();
         if matches!(self.producing, Producing::ByPolls(_)) {
             self.produce(cx);
         }
@@ -196,7 +203,7 @@ impl<T: FromJson> Reader<T> {
     #[cold]
     fn produce(&mut self, cx: &mut Context<'_>) {
         if self.waited {
-            // A task that produces the rows itself must not be woken by them.
+            // This task produces the rows itself, so their arrival must not wake it.
             self.receiver.forget_waker();
         }
         if let Producing::ByPolls(launch) = &self.producing
@@ -206,9 +213,9 @@ impl<T: FromJson> Reader<T> {
         }
     }
 
-    /// Moves production into a task: from here on rows are produced whether or not this stream is polled.
+    /// Moves production into a task, where it does not depend on the polls of this reader.
     fn leave_to_task(&mut self) {
-        self.producing = match std::mem::replace(&mut self.producing, Producing::Over) {
+        self.producing = match std::mem::replace(&mut self.producing, Producing::Ended) {
             Producing::ByPolls(launch) => {
                 launch.hand_over();
                 Producing::InTask { _launch: launch }
@@ -217,24 +224,24 @@ impl<T: FromJson> Reader<T> {
         };
     }
 
-    /// Begins a poll for a further chunk, unless one is under way; returns when it began.
-    fn polling(&mut self) -> Nanos {
+    /// Begins a poll for the next chunk, unless one is under way. Returns the time at which it began.
+    fn begin_poll(&mut self) -> Nanos {
         if let Some(polled) = self.polled {
             return polled;
         }
         let now = self.observer.gauge.now();
         self.sampler.end(&self.observer, now);
-        self.receiver.give_back(self.chunk.put_down());
+        self.receiver.give_back(self.chunk.recycle());
         self.recorder.polled(now);
         self.polled = Some(now);
         now
     }
 
-    /// Makes the chunk that was taken the current one, or ends the stream; returns the error that ended it.
+    /// Makes a chunk the current one, or ends the stream. Returns the error that ended it, if there is one.
     fn accept(&mut self, taken: Taken<Chunk, Error>) -> Option<Error> {
         let end = match taken {
             Taken::Chunk { chunk, occupancy, came_late, at } => {
-                // A consumer that was woken and takes the first rows at once had found the channel empty.
+                // A consumer that takes rows as soon as it is woken for them had found the channel empty.
                 let found_none = std::mem::take(&mut self.waited) && !came_late;
                 self.take_chunk(chunk, (occupancy, found_none), at);
                 return None;
@@ -243,7 +250,7 @@ impl<T: FromJson> Reader<T> {
             Taken::Lost => Err(Error::lost()),
         };
         self.ended = true;
-        self.producing = Producing::Over;
+        self.producing = Producing::Ended;
         let end =
             end.map_err(|error| error.of_entity(&self.observer.entity).with_stats(self.observer.stats()));
         self.recorder.ended(Some(end.as_ref().copied()));
@@ -271,19 +278,19 @@ impl<T: FromJson> Reader<T> {
         self.recorder.taken(now, &batch);
         self.observer.progress.last_row.store(now, Ordering::Relaxed);
         self.sampler.begin(now);
-        self.chunk.take(chunk);
+        self.chunk.replace(chunk);
     }
 
-    /// The next item that can be returned without looking into the channel.
+    /// Returns the next item that does not need the channel.
     #[inline]
-    fn next_in_hand(&mut self) -> Option<Result<T>> {
+    fn next_buffered(&mut self) -> Option<Result<T>> {
         if let Some(error) = self.held.take() {
             return Some(Err(error));
         }
         self.next_in_chunk()
     }
 
-    /// The next row of the current chunk that the predicate accepts.
+    /// Returns the next row of the current chunk that the predicate accepts, or an error of decoding.
     fn next_in_chunk(&mut self) -> Option<Result<T>> {
         loop {
             let value = self.sampler.decode(&self.observer, &mut self.chunk)?;
@@ -311,5 +318,5 @@ impl<T: FromJson> Drop for Reader<T> {
     }
 }
 
-// Nothing in it is pinned.
+// No field is pinned.
 impl<T: FromJson> Unpin for Reader<T> {}

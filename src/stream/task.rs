@@ -1,4 +1,5 @@
-//! `Task`: what runs beside a stream, from the query's text to its last row, and the clean-up if the consumer leaves.
+//! `Task`: the work behind a stream, from preparing the statement to the last row, or to the clean-up if the stream is
+//! dropped.
 
 use tokio::sync::oneshot;
 use tokio_postgres::Statement;
@@ -11,6 +12,7 @@ use crate::channel::{Chunk, Receiver, Sender};
 use crate::error::{Error, ErrorKind, Result};
 use crate::postgres::{self, Interrupted, Lease, RawRows, Value};
 
+/// The work behind a stream.
 pub(super) struct Task {
     pub(super) lease: Lease,
     pub(super) text: String,
@@ -18,7 +20,8 @@ pub(super) struct Task {
     pub(super) handover: Handover,
 }
 
-/// Launches a task whose statement Postgres has to prepare first. Returns once it is prepared and the values fit.
+/// Launches a task whose statement Postgres has to prepare first. Returns once it is prepared and the values are encoded
+/// for its parameters.
 pub(super) async fn launch_unprepared(
     task: Task,
     launch: impl FnOnce(Work) -> Launch,
@@ -36,13 +39,13 @@ pub(super) async fn launch_unprepared(
     let types = prepared.await.unwrap_or_else(|_| Err(Error::lost()));
     receiver.resume();
     let values = postgres::encode(values, &types?)?;
-    // If nobody receives them, the first item of the stream is the reason.
+    // If the task has ended and cannot receive them, the first item of the stream is the reason.
     let _ = bind.send(values);
     Ok(launch)
 }
 
 impl Task {
-    /// Prepares the statement, sends the types of its parameters, receives the values for them, and runs it.
+    /// Prepares the statement, sends the types of its parameters, receives their values, and runs the statement.
     async fn prepare_and_query(
         mut self,
         types: oneshot::Sender<Result<Vec<Type>>>,
@@ -51,8 +54,8 @@ impl Task {
         let statement = match self.prepare().await {
             Ok(statement) => statement,
             Err(Interrupted::Failed(error)) => {
-                self.lease.fails(&error);
-                // If nobody waits for it, nobody wants the query.
+                self.lease.record_failure(&error);
+                // If the receiver is gone, the future that would return the error was dropped.
                 let _ = types.send(Err(error));
                 return;
             }
@@ -65,8 +68,8 @@ impl Task {
     }
 
     async fn prepare(&mut self) -> Result<Statement, Interrupted> {
-        let gone = gone(&mut self.sender, &self.handover);
-        let prepared = self.lease.prepare(&self.text, gone).await;
+        let dropped = dropped(&mut self.sender, &self.handover);
+        let prepared = self.lease.prepare(&self.text, dropped).await;
         self.explained(prepared).await
     }
 
@@ -81,23 +84,23 @@ impl Task {
         match rows {
             Ok(rows) => self.produce(rows).await,
             Err(Interrupted::Failed(error)) => {
-                self.lease.fails(&error);
+                self.lease.record_failure(&error);
                 self.sender.finish(Err(error));
             }
             Err(Interrupted::Cancelled) => {}
         }
-        // If the statement is not cached, it is closed after the query and before another one starts.
+        // A statement that is not cached is closed here, after the query and before the next one starts.
         drop(statement);
     }
 
     async fn begin(&mut self, statement: &Statement, values: &[Value]) -> Result<RawRows, Interrupted> {
-        let gone = gone(&mut self.sender, &self.handover);
-        let rows = self.lease.query(statement, values, gone).await;
+        let dropped = dropped(&mut self.sender, &self.handover);
+        let rows = self.lease.query(statement, values, dropped).await;
         self.explained(rows).await
     }
 
-    /// Prepares a statement again that the server no longer accepts, after a change of the schema or `DISCARD ALL`,
-    /// and runs it. Inside a transaction this fails, because `stale` has aborted it.
+    /// Prepares a statement again that the server no longer accepts, after a change of the schema or `DISCARD ALL`, and
+    /// runs it. Fails inside a transaction, which the error `stale` has aborted.
     async fn begin_again(
         &mut self,
         before: &Statement,
@@ -120,17 +123,17 @@ impl Task {
         Err(Interrupted::Failed(stale.with_note(note)))
     }
 
-    /// Moves the rows into the channel, and leaves the connection clean.
+    /// Sends the rows to the channel, and leaves the connection clean.
     async fn produce(&mut self, mut rows: RawRows) {
         let Err(stopped) = producer::run(&mut self.sender, &mut rows, &self.handover).await else {
             self.sender.finish(Ok(()));
             return self.lease.finish(rows).await;
         };
-        // Only the server's own error ends the query.
+        // Only an error of the server ends the query.
         let mut is_ended = false;
         if let Stopped::Failed(error) = stopped {
             is_ended = error.sqlstate().is_some();
-            self.lease.fails(&error);
+            self.lease.record_failure(&error);
             self.sender.finish(Err(self.explain(error).await));
         }
         self.handover.ensure_task().await;
@@ -141,6 +144,7 @@ impl Task {
         }
     }
 
+    /// Applies `explain` to an error.
     async fn explained<T>(&self, answer: Result<T, Interrupted>) -> Result<T, Interrupted> {
         match answer {
             Err(Interrupted::Failed(error)) => Err(Interrupted::Failed(self.explain(error).await)),
@@ -148,7 +152,7 @@ impl Task {
         }
     }
 
-    /// Adds to an error that ended the connection whether the server is still there.
+    /// Adds to an error that ended the connection whether the server still answers.
     async fn explain(&self, error: Error) -> Error {
         if error.kind() == ErrorKind::Disconnected {
             self.handover.ensure_task().await;
@@ -157,8 +161,8 @@ impl Task {
     }
 }
 
-/// Waits until the consumer has left, and then for a task, in which the query can be cancelled.
-async fn gone(sender: &mut Sender<Chunk, Error>, handover: &Handover) {
+/// Waits until the stream is dropped, and then until the work runs in a task, where the query can be cancelled.
+async fn dropped(sender: &mut Sender<Chunk, Error>, handover: &Handover) {
     std::future::poll_fn(|cx| sender.poll_closed(cx)).await;
     handover.ensure_task().await;
 }

@@ -1,23 +1,23 @@
-//! The database of a connection, in the words of the semantic conventions.
+//! `Database`: the database of a connection, as attributes of the semantic conventions.
 
 use std::borrow::Cow;
 use std::sync::Arc;
 
 use opentelemetry::{KeyValue, Value};
 
-/// What the spans and the `db.client` metrics of a connection's streams have in common.
+/// What the spans and `db.client` metrics of all streams of a connection have in common.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Database {
     pub(super) address: String,
-    /// Where it is not 5432.
+    /// `None` for the default port, 5432.
     pub(super) port: Option<u16>,
     name: Option<String>,
-    /// Of entities whose name has no schema.
+    /// The `db.namespace` of entities whose name has no schema.
     namespace: Option<String>,
 }
 
 impl Database {
-    /// `schema` is the one that names without a schema are looked up in.
+    /// Describes a database. `schema` is the one in which names without a schema are looked up.
     pub(crate) fn new(address: String, port: u16, name: Option<&str>, schema: Option<&str>) -> Self {
         Self {
             address,
@@ -27,7 +27,7 @@ impl Database {
         }
     }
 
-    /// `db.namespace`; `schema` is that of the entity's name, if it has one.
+    /// Returns the value of `db.namespace`. `schema` is that of the entity's name, if it has one.
     pub(super) fn namespace(&self, schema: Option<&str>) -> Option<Cow<'_, str>> {
         match schema {
             Some(schema) => {
@@ -37,10 +37,11 @@ impl Database {
         }
     }
 
-    /// The attributes of the `db.client` metrics, in alphabetical order: an SDK finds series by it the fastest.
+    /// Returns the attributes of the `db.client` metrics, in alphabetical order, in which an SDK finds their series
+    /// fastest.
     pub(super) fn attributes(&self, collection: &Value, schema: Option<&str>) -> Arc<[KeyValue]> {
         let namespace = self.namespace(schema).map(Cow::into_owned);
-        let some = [
+        let attributes = [
             Some(KeyValue::new("db.collection.name", collection.clone())),
             namespace.map(|namespace| KeyValue::new("db.namespace", namespace)),
             Some(KeyValue::new("db.operation.name", "SELECT")),
@@ -48,11 +49,11 @@ impl Database {
             Some(KeyValue::new("server.address", self.address.clone())),
             self.port.map(|port| KeyValue::new("server.port", i64::from(port))),
         ];
-        some.into_iter().flatten().collect()
+        attributes.into_iter().flatten().collect()
     }
 }
 
-/// `{database}|{schema}`, or the one that is known.
+/// Returns `{database}|{schema}`, or the one of the two that is known.
 fn namespace<'a>(database: Option<&'a str>, schema: Option<&'a str>) -> Option<Cow<'a, str>> {
     match (database, schema) {
         (Some(database), Some(schema)) => Some(format!("{database}|{schema}").into()),

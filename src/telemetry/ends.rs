@@ -1,15 +1,15 @@
-//! How many streams have ended, and how: the series of `fraiseql.stream.ended`.
+//! Counts of ended streams by outcome: the series of `fraiseql.stream.ended`.
 
 use std::sync::Mutex;
 
 use crate::error::{Error, ErrorKind};
 use crate::sync::lock;
 
-/// The kinds of errors that can end a stream once Postgres has accepted it. Their series begin at zero; one
-/// that is missing here is counted all the same, from its first error on.
-const OF_STREAMS: &[ErrorKind] = &[ErrorKind::Query, ErrorKind::Disconnected, ErrorKind::Lost];
-/// The kinds that can refuse a stream, or end it while Postgres is asked.
-const OF_REFUSALS: &[ErrorKind] = &[
+/// The kinds of errors that can end a stream once Postgres has accepted its query. Their series begin at zero. A kind
+/// that is missing here is counted too, but its series begins with the first error.
+const STREAM_ERRORS: &[ErrorKind] = &[ErrorKind::Query, ErrorKind::Disconnected, ErrorKind::Lost];
+/// The kinds of errors with which a stream can be refused, or end before Postgres has accepted its query.
+const REFUSAL_ERRORS: &[ErrorKind] = &[
     ErrorKind::Query,
     ErrorKind::Config,
     ErrorKind::Statement,
@@ -17,21 +17,21 @@ const OF_REFUSALS: &[ErrorKind] = &[
     ErrorKind::TransactionAborted,
     ErrorKind::Lost,
 ];
-/// Series of an entity from its first stream on.
+/// The number of series that an entity has from its first stream on.
 #[cfg(feature = "otlp")]
-pub(crate) const ENDS: usize = 2 + OF_STREAMS.len();
+pub(crate) const ENDS: usize = 2 + STREAM_ERRORS.len();
 
 /// How a stream ended.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum End<'a> {
     Complete,
-    /// The stream was dropped before its end, or its query before Postgres had accepted it.
+    /// The stream was dropped before its end, or the future of `Query::stream` before Postgres had accepted the query.
     Dropped,
     Failed(&'a Error),
 }
 
 impl<'a> End<'a> {
-    /// The attribute `outcome`.
+    /// Returns the value of the attribute `outcome`.
     pub(super) fn outcome(self) -> &'static str {
         match self {
             Self::Complete => COMPLETE,
@@ -48,16 +48,16 @@ impl<'a> End<'a> {
     }
 }
 
-/// Counts of ended streams. All series that are to be expected are there from the start, at zero, so that the
-/// first failure is a change like every other: `increase()` in Prometheus misses a series that begins at one.
+/// Counts of ended streams. Every expected series is exported from the start, at zero, because `increase()` in
+/// Prometheus does not count the first value of a new series.
 #[derive(Debug)]
 pub(super) struct Ends(Mutex<Vec<Count>>);
 
-/// One series beside its entity's others.
+/// The count of one outcome.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Count {
     pub(super) outcome: &'static str,
-    /// The kind of the error, where there is one.
+    /// The kind of the error, if there is one.
     pub(super) error_type: Option<&'static str>,
     pub(super) streams: u64,
 }
@@ -67,14 +67,14 @@ const DROPPED: &str = "dropped";
 const FAILED: &str = "failed";
 
 impl Ends {
-    /// Of streams that Postgres has accepted.
+    /// Creates the counts of streams whose query Postgres has accepted.
     pub(super) fn of_streams() -> Self {
-        Self::new(&[COMPLETE, DROPPED], OF_STREAMS)
+        Self::new(&[COMPLETE, DROPPED], STREAM_ERRORS)
     }
 
-    /// Of those that it has not.
+    /// Creates the counts of streams whose query was never accepted.
     pub(super) fn of_refusals() -> Self {
-        Self::new(&[DROPPED], OF_REFUSALS)
+        Self::new(&[DROPPED], REFUSAL_ERRORS)
     }
 
     fn new(outcomes: &[&'static str], kinds: &[ErrorKind]) -> Self {
@@ -84,6 +84,7 @@ impl Ends {
         Self(Mutex::new(without_error.chain(failed).map(count).collect()))
     }
 
+    /// Counts one stream.
     pub(super) fn count(&self, end: End<'_>) {
         let (outcome, error_type) = (end.outcome(), end.error().map(|error| error.kind().as_str()));
         let mut counts = lock(&self.0);
@@ -94,6 +95,7 @@ impl Ends {
         }
     }
 
+    /// Returns all counts, those of zero included.
     pub(super) fn counts(&self) -> Vec<Count> {
         lock(&self.0).clone()
     }
@@ -104,17 +106,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kind_that_is_not_expected_is_counted_too() {
+    fn error_of_an_unexpected_kind_is_counted() {
         let ends = Ends::of_streams();
         let expected = ends.counts().len();
-        let error = Error::config("no kind that ends a stream");
+        let error = Error::config("this kind cannot end a stream");
         ends.count(End::Failed(&error));
         ends.count(End::Failed(&error));
         ends.count(End::Complete);
         let counts = ends.counts();
-        let some = counts.iter().filter(|count| count.streams > 0);
-        let some: Vec<_> = some.map(|count| (count.outcome, count.error_type, count.streams)).collect();
-        assert_eq!(some, [("complete", None, 1), ("failed", Some("config"), 2)]);
+        let counted = counts.iter().filter(|count| count.streams > 0);
+        let counted: Vec<_> = counted.map(|count| (count.outcome, count.error_type, count.streams)).collect();
+        assert_eq!(counted, [("complete", None, 1), ("failed", Some("config"), 2)]);
         assert_eq!(counts.len(), expected + 1);
     }
 }

@@ -1,4 +1,4 @@
-//! The instruments, by the names and units of the catalogue.
+//! `Instruments`: the metrics of the catalogue, with their names, units and bounds.
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
@@ -107,18 +107,18 @@ impl Instruments {
         observe_levels(&meter, &registry);
         Self(Arc::new(Inner {
             registry,
-            occupancy: rows(&meter, &OCCUPANCY),
-            utilization: figures(&meter, &UTILIZATION),
-            chunk_size: rows(&meter, &CHUNK_SIZE),
-            time_to_first_row: figures(&meter, &TIME_TO_FIRST_ROW),
-            operation_duration: figures(&meter, &OPERATION_DURATION),
-            returned_rows: rows(&meter, &RETURNED_ROWS),
+            occupancy: u64_histogram(&meter, &OCCUPANCY),
+            utilization: f64_histogram(&meter, &UTILIZATION),
+            chunk_size: u64_histogram(&meter, &CHUNK_SIZE),
+            time_to_first_row: f64_histogram(&meter, &TIME_TO_FIRST_ROW),
+            operation_duration: f64_histogram(&meter, &OPERATION_DURATION),
+            returned_rows: u64_histogram(&meter, &RETURNED_ROWS),
         }))
     }
 
     /// Counts a stream that was refused before anything was sent.
     pub(crate) fn count_refusal(&self, error: &Error) {
-        self.0.registry.refused(End::Failed(error));
+        self.0.registry.count_refused(End::Failed(error));
     }
 
     /// Returns the default instruments, which are created on the global provider at first use.
@@ -130,8 +130,8 @@ impl Instruments {
     /// Creates the default instruments anew, on the current global provider.
     #[cfg(feature = "otlp")]
     pub(crate) fn renew_global() {
-        let made = Self::new(&*global::meter_provider());
-        *lock(&DEFAULT) = Some(made);
+        let renewed = Self::new(&*global::meter_provider());
+        *lock(&DEFAULT) = Some(renewed);
     }
 }
 
@@ -142,50 +142,50 @@ impl fmt::Debug for Instruments {
 }
 
 /// An instrument of the catalogue.
-struct About {
+struct Spec {
     name: &'static str,
     unit: &'static str,
     description: &'static str,
 }
 
 /// A histogram of the catalogue, with the upper bounds of its buckets.
-struct Bounded(About, &'static [f64]);
+struct HistogramSpec(Spec, &'static [f64]);
 
-const fn about(name: &'static str, unit: &'static str, description: &'static str) -> About {
-    About { name, unit, description }
+const fn spec(name: &'static str, unit: &'static str, description: &'static str) -> Spec {
+    Spec { name, unit, description }
 }
 
-const OCCUPANCY: Bounded = Bounded(
-    about(
+const OCCUPANCY: HistogramSpec = HistogramSpec(
+    spec(
         "fraiseql_channel_occupancy_rows",
         "{row}",
-        "Rows that wait in the channel, at every poll batch: below 10 the consumer is fast, 50 to 200 is balanced, above 240 the consumer is slow",
+        "Rows waiting in the channel at each poll batch: below 10 the consumer is fast, 50 to 200 is balanced, above 240 the consumer is slow",
     ),
     &[0.0, 1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 150.0, 200.0, 240.0, 256.0, 512.0, 1024.0, 4096.0],
 );
-const UTILIZATION: Bounded = Bounded(
-    about(
+const UTILIZATION: HistogramSpec = HistogramSpec(
+    spec(
         "fraiseql.channel.utilization",
         "1",
-        "The larger of rows to row limit and bytes to byte limit, at every poll batch",
+        "The larger of rows / row limit and bytes / byte limit, at each poll batch",
     ),
     &[0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0],
 );
-const CHUNK_SIZE: Bounded = Bounded(
-    about("fraiseql.chunk.size", "{row}", "Rows of a chunk, at every poll batch"),
+const CHUNK_SIZE: HistogramSpec = HistogramSpec(
+    spec("fraiseql.chunk.size", "{row}", "Rows of the chunk taken by each poll batch"),
     &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0],
 );
-const TIME_TO_FIRST_ROW: Bounded = Bounded(
-    about("fraiseql.stream.time_to_first_row", "s", "From the query to its first row"),
+const TIME_TO_FIRST_ROW: HistogramSpec = HistogramSpec(
+    spec("fraiseql.stream.time_to_first_row", "s", "Time from the query to its first row"),
     &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0],
 );
-// The bounds of these two are those of the semantic conventions.
-const OPERATION_DURATION: Bounded = Bounded(
-    about("db.client.operation.duration", "s", "Duration of database client operations"),
+// The semantic conventions define the bounds of these two.
+const OPERATION_DURATION: HistogramSpec = HistogramSpec(
+    spec("db.client.operation.duration", "s", "Duration of database client operations"),
     &[0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0],
 );
-const RETURNED_ROWS: Bounded = Bounded(
-    about(
+const RETURNED_ROWS: HistogramSpec = HistogramSpec(
+    spec(
         "db.client.response.returned_rows",
         "{row}",
         "The actual number of records returned by the database operation",
@@ -193,19 +193,20 @@ const RETURNED_ROWS: Bounded = Bounded(
     &[1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0],
 );
 
-fn rows(meter: &Meter, Bounded(about, bounds): &Bounded) -> Histogram<u64> {
-    let builder = meter.u64_histogram(about.name).with_unit(about.unit);
-    builder.with_description(about.description).with_boundaries(bounds.to_vec()).build()
+fn u64_histogram(meter: &Meter, HistogramSpec(spec, bounds): &HistogramSpec) -> Histogram<u64> {
+    let builder = meter.u64_histogram(spec.name).with_unit(spec.unit);
+    builder.with_description(spec.description).with_boundaries(bounds.to_vec()).build()
 }
 
-fn figures(meter: &Meter, Bounded(about, bounds): &Bounded) -> Histogram<f64> {
-    let builder = meter.f64_histogram(about.name).with_unit(about.unit);
-    builder.with_description(about.description).with_boundaries(bounds.to_vec()).build()
+fn f64_histogram(meter: &Meter, HistogramSpec(spec, bounds): &HistogramSpec) -> Histogram<f64> {
+    let builder = meter.f64_histogram(spec.name).with_unit(spec.unit);
+    builder.with_description(spec.description).with_boundaries(bounds.to_vec()).build()
 }
 
-/// The values of one entity, each with the attribute that sets it apart.
+/// The values of one entity, each with the attribute that distinguishes it.
 type Values = Vec<(Option<(&'static str, &'static str)>, u64)>;
 
+/// Returns the values with the attribute `key`, whose values are `names`.
 fn by(key: &'static str, names: &[&'static str], values: &[u64]) -> Values {
     names.iter().zip(values).map(|(name, value)| (Some((key, *name)), *value)).collect()
 }
@@ -221,36 +222,36 @@ fn observe_times(meter: &Meter, registry: &Arc<Registry>) {
         let builder = meter.f64_observable_counter(name).with_unit("s").with_description(description);
         builder.with_callback(observe).build();
     };
-    times("fraiseql.stream.time", "Where the consumer's half of the streams' life goes", |totals| {
+    times("fraiseql.stream.time", "Time of the streams, by what the consumer's half was doing", |totals| {
         by("state", &STATES, &totals.time)
     });
     times(
         "fraiseql.producer.time",
-        "Where the producer's half goes: waiting for Postgres, or for room",
+        "Time of the streams, by what the producer's half was waiting for: Postgres, or room in the channel",
         |totals| by("state", &["source", "room"], &totals.producer),
     );
     times(
         "fraiseql.channel.backlog.time",
-        "Time in which the consumer was busy while rows, or the end, waited for it",
+        "Time in which the consumer was busy while rows, or the end of the stream, waited for it",
         |totals| vec![(None, totals.backlog)],
     );
 }
 
 fn observe_counts(meter: &Meter, registry: &Arc<Registry>) {
-    let counts = |about: About, values: fn(&Totals) -> Values| {
+    let counts = |spec: Spec, values: fn(&Totals) -> Values| {
         let registry = Arc::clone(registry);
         let observe = move |instrument: &dyn AsyncInstrument<u64>| {
             observe_all(&registry, values, |value, attributes| instrument.observe(value, attributes));
         };
-        let builder = meter.u64_observable_counter(about.name).with_unit(about.unit);
-        builder.with_description(about.description).with_callback(observe).build();
+        let builder = meter.u64_observable_counter(spec.name).with_unit(spec.unit);
+        builder.with_description(spec.description).with_callback(observe).build();
     };
-    counts(about("fraiseql.stream.rows", "{row}", "Rows by what became of them"), |totals| {
+    counts(spec("fraiseql.stream.rows", "{row}", "Rows by outcome"), |totals| {
         by("outcome", &OUTCOMES, &totals.rows)
     });
-    counts(about("fraiseql.stream.io", "By", "Payload received"), |totals| vec![(None, totals.bytes)]);
-    // Chunks have a fixed size so far: true zeros, on which panels can already stand.
-    counts(about("fraiseql.chunk.adjustments", "{adjustment}", "Changes of the chunk size"), |_| {
+    counts(spec("fraiseql.stream.io", "By", "Payload bytes received"), |totals| vec![(None, totals.bytes)]);
+    // The chunk size is fixed in this version: the zeros are true, and dashboards can already use the metric.
+    counts(spec("fraiseql.chunk.adjustments", "{adjustment}", "Changes of the chunk size"), |_| {
         by("direction", &["up", "down"], &[0, 0])
     });
 }
@@ -276,7 +277,7 @@ fn observe_ends(meter: &Meter, registry: &Arc<Registry>) {
 }
 
 fn observe_levels(meter: &Meter, registry: &Arc<Registry>) {
-    let level = |about: About, value: fn(&Levels) -> usize| {
+    let level = |spec: Spec, value: fn(&Levels) -> usize| {
         let registry = Arc::clone(registry);
         let observe = move |instrument: &dyn AsyncInstrument<i64>| {
             registry.levels(|entity, levels| {
@@ -284,23 +285,28 @@ fn observe_levels(meter: &Meter, registry: &Arc<Registry>) {
                 instrument.observe(value, std::slice::from_ref(entity));
             });
         };
-        let builder = meter.i64_observable_up_down_counter(about.name).with_unit(about.unit);
-        builder.with_description(about.description).with_callback(observe).build();
+        let builder = meter.i64_observable_up_down_counter(spec.name).with_unit(spec.unit);
+        builder.with_description(spec.description).with_callback(observe).build();
     };
-    level(about("fraiseql.channel.row.count", "{row}", "Rows that wait in the channels"), |levels| {
-        levels.rows
-    });
-    level(about("fraiseql.channel.row.limit", "{row}", "Rows that may wait there"), |levels| {
-        levels.row_limit
+    level(spec("fraiseql.channel.row.count", "{row}", "Rows waiting in the channels"), |levels| levels.rows);
+    level(
+        spec("fraiseql.channel.row.limit", "{row}", "Maximum number of rows waiting in the channels"),
+        |levels| levels.row_limit,
+    );
+    level(spec("fraiseql.channel.memory.usage", "By", "Payload bytes waiting in the channels"), |levels| {
+        levels.bytes
     });
     level(
-        about("fraiseql.channel.memory.usage", "By", "Payload bytes that wait in the channels"),
-        |levels| levels.bytes,
+        spec(
+            "fraiseql.channel.memory.limit",
+            "By",
+            "Maximum number of payload bytes waiting in the channels",
+        ),
+        |levels| levels.byte_limit,
     );
-    level(about("fraiseql.channel.memory.limit", "By", "Payload bytes that may wait there"), |levels| {
-        levels.byte_limit
+    level(spec("fraiseql.stream.active", "{stream}", "Streams that have begun and not ended"), |levels| {
+        levels.streams
     });
-    level(about("fraiseql.stream.active", "{stream}", "Live streams"), |levels| levels.streams);
     let registry = Arc::clone(registry);
     let observe = move |instrument: &dyn AsyncInstrument<f64>| {
         registry.levels(|entity, levels| {
@@ -309,21 +315,21 @@ fn observe_levels(meter: &Meter, registry: &Arc<Registry>) {
     };
     let builder = meter.f64_observable_gauge("fraiseql.stream.since_last_row").with_unit("s");
     builder
-        .with_description("The longest time without a row over the live streams")
+        .with_description("The longest time since the last row, of all live streams")
         .with_callback(observe)
         .build();
 }
 
-/// Gives an instrument the values of all entities, each with its attributes.
+/// Calls `observe` with each value of each entity and its attributes.
 fn observe_all(
     registry: &Registry,
     values: fn(&Totals) -> Values,
     mut observe: impl FnMut(u64, &[KeyValue]),
 ) {
     registry.totals(|entity, totals| {
-        for (own, value) in values(totals) {
-            let own = own.map(|(key, name)| KeyValue::new(key, name));
-            let attributes: Vec<_> = std::iter::once(entity.clone()).chain(own).collect();
+        for (attribute, value) in values(totals) {
+            let attribute = attribute.map(|(key, name)| KeyValue::new(key, name));
+            let attributes: Vec<_> = std::iter::once(entity.clone()).chain(attribute).collect();
             observe(value, &attributes);
         }
     });

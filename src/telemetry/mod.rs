@@ -1,4 +1,5 @@
-//! What a stream tells OpenTelemetry and `tracing`. Written to by all stages, asks none of them anything.
+//! What a stream reports to OpenTelemetry and `tracing`. Every stage writes to this module, which depends on none of
+//! them.
 
 mod database;
 mod ends;
@@ -19,7 +20,7 @@ pub use spans::PollSpans;
 pub(crate) use spans::spans_are_open;
 pub(crate) use spans::{PollBatch, QueryInfo, QuerySpan};
 
-/// The name of the crate's meter and the target of its spans and log records.
+/// The name of the crate's meter, and the target of its spans and log records.
 pub(crate) const SCOPE: &str = "fraiseql_stream";
-/// The target of the one event that belongs into a span and not into the log.
+/// The target of the one event that belongs in a span but not in the log.
 pub(crate) const FIRST_ROW: &str = "fraiseql_stream::first_row";

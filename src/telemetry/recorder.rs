@@ -1,4 +1,4 @@
-//! One stream's telemetry: what is recorded at its start, at each poll batch, and once at its end.
+//! `Recorder`: the telemetry of one stream, recorded at its start, at each poll batch, and once at its end.
 
 use std::sync::Arc;
 
@@ -14,6 +14,7 @@ use super::{FIRST_ROW, Instruments, PollSpans, SCOPE};
 use crate::channel::{Nanos, Observer, Stats};
 use crate::error::Error;
 
+/// Records the metrics and spans of one stream.
 #[derive(Debug)]
 pub(crate) struct Recorder {
     instruments: Instruments,
@@ -21,7 +22,7 @@ pub(crate) struct Recorder {
     span: QuerySpan,
     batches: BatchSpans,
     database: Arc<Database>,
-    /// That of the entity's name, if it has one.
+    /// The schema in the entity's name, if it has one.
     schema: Option<String>,
     state: State,
     first_row: bool,
@@ -29,15 +30,15 @@ pub(crate) struct Recorder {
 
 #[derive(Debug)]
 enum State {
-    /// Postgres has not accepted the query yet; the entity may be anything.
-    Offered,
+    /// Postgres has not accepted the query yet, so the entity may not exist.
+    Pending,
     Accepted(Live),
     Ended,
 }
 
 impl Recorder {
-    /// A query is about to be sent: its span opens below the caller's current span. In metrics, the stream
-    /// begins when it is [`accepted`](Self::accepted).
+    /// Opens the span of a query that is about to be sent, as a child of the caller's current span. In metrics, the
+    /// stream begins when it is [`accepted`](Self::accepted).
     pub(crate) fn start(
         instruments: &Instruments,
         stream: Observer,
@@ -53,34 +54,36 @@ impl Recorder {
             span,
             database: Arc::clone(query.database),
             schema: query.schema,
-            state: State::Offered,
+            state: State::Pending,
             first_row: false,
         }
     }
 
-    /// Postgres has accepted the query, and its values fit: the series of its entity begin.
+    /// Records that Postgres has accepted the query and that its values match the parameters. Begins the series of its
+    /// entity.
     pub(crate) fn accepted(&mut self) {
-        if let State::Offered = self.state {
+        if let State::Pending = self.state {
             let registry = &self.instruments.0.registry;
             let live = Live::new(registry, &self.stream, &self.database, self.schema.as_deref());
             self.state = State::Accepted(live);
         }
     }
 
+    /// Returns the span of the query.
     pub(crate) fn span(&self) -> &QuerySpan {
         &self.span
     }
 
-    /// A poll begins that is not served from the chunk in hand.
+    /// Records that a poll began that needs a further chunk.
     pub(crate) fn polled(&mut self, now: Nanos) {
-        if self.batches.is_wanted() {
+        if self.batches.is_enabled() {
             self.batches.begin(&self.span, now, self.stream.gauge.decode_time());
         }
     }
 
-    /// The poll got a chunk.
+    /// Records that the poll took a chunk.
     pub(crate) fn taken(&mut self, now: Nanos, batch: &PollBatch) {
-        // Only what was accepted has rows.
+        // Only an accepted query has rows.
         let State::Accepted(live) = &self.state else { return };
         let (instruments, gauge) = (&self.instruments.0, &self.stream.gauge);
         let by_rows = batch.rows_before as f64 / gauge.row_limit as f64;
@@ -96,8 +99,8 @@ impl Recorder {
         self.batches.taken(now, batch);
     }
 
-    /// The stream is over; only the first call counts. `None`: it was dropped before its end. One that was never
-    /// accepted counts under `REFUSED`.
+    /// Records how the stream ended; `None` if it was dropped before its end. A stream whose query was never accepted
+    /// is counted under `REFUSED`. Further calls do nothing.
     pub(crate) fn ended(&mut self, end: Option<Result<(), &Error>>) {
         let end = match end {
             None => End::Dropped,
@@ -108,8 +111,8 @@ impl Recorder {
         let database = match std::mem::replace(&mut self.state, State::Ended) {
             State::Ended => return,
             State::Accepted(live) => live.end(end),
-            State::Offered => {
-                registry.refused(end);
+            State::Pending => {
+                registry.count_refused(end);
                 self.database.attributes(&REFUSED.into(), None)
             }
         };
@@ -118,7 +121,7 @@ impl Recorder {
         self.batches.close(self.stream.gauge.decode_time());
         self.end_span(&stats, end);
         match end {
-            // The query is cancelled now, in a span below this one.
+            // The query is cancelled next, in a span below this one.
             End::Dropped => self.span.defer_close(),
             End::Complete | End::Failed(_) => self.span.close(),
         }
@@ -128,8 +131,8 @@ impl Recorder {
         if let Some(error) = end.error() {
             let error_type = KeyValue::new("error.type", error.type_name().to_owned());
             let code = |code: &SqlState| KeyValue::new("db.response.status_code", code.code().to_owned());
-            let own = std::iter::once(error_type).chain(error.sqlstate().map(code));
-            attributes = attributes.iter().cloned().chain(own).collect();
+            let of_error = std::iter::once(error_type).chain(error.sqlstate().map(code));
+            attributes = attributes.iter().cloned().chain(of_error).collect();
         }
         let instruments = &self.instruments.0;
         instruments.operation_duration.record(stats.elapsed.as_secs_f64(), &attributes);
@@ -142,7 +145,7 @@ impl Recorder {
             return;
         }
         let error = end.error();
-        // All at once: each recording finds the span anew.
+        // All fields in one call, because each call looks up the span.
         record_all!(
             span,
             fraiseql.outcome = end.outcome(),
@@ -164,13 +167,13 @@ impl Recorder {
             otel.status_code = error.map(|_| "error"),
             otel.status_description = error.map(|error| description(error, stats)),
         );
-        // The exporting layer takes the last exit of a span as its end: here, before any clean-up.
+        // The exporting layer takes the last exit of a span as its end, which is here and not after the clean-up.
         span.in_scope(|| ());
     }
 }
 
-/// What went wrong, without the server's words where they quote values of the query or of rows: in data
-/// exceptions (class 22) and violated constraints (class 23).
+/// Describes an error for the span. Leaves out the server's message for data exceptions (class 22) and violated
+/// constraints (class 23), which quote values of the query or of rows.
 fn description(error: &Error, stats: &Stats) -> String {
     match error.type_name() {
         code if code.starts_with("22") || code.starts_with("23") => format!("{code} {}", stats.summary()),
@@ -184,8 +187,8 @@ impl Drop for Recorder {
     }
 }
 
-/// Logs now and then how a stream is, with its trace id: its root span is exported only at its end, which may be
-/// hours away.
+/// Logs the statistics of a live stream at intervals, together with its trace id. The query span itself is exported only
+/// when the stream ends, which may be hours later.
 #[derive(Debug)]
 pub(crate) struct Heartbeat {
     stream: Observer,
@@ -193,12 +196,14 @@ pub(crate) struct Heartbeat {
 }
 
 impl Heartbeat {
+    /// The time between two log records.
     pub(crate) const EVERY: std::time::Duration = std::time::Duration::from_secs(30);
 
     pub(crate) fn new(stream: Observer, query: QuerySpan) -> Self {
         Self { stream, query }
     }
 
+    /// Logs one record within the query span.
     pub(crate) fn log(&self) {
         let stats = self.stream.stats();
         let span = self.query.get();

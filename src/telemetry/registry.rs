@@ -1,5 +1,5 @@
-//! The live streams of all entities, and what the ended ones have added up to. Observable instruments read
-//! from here: their callbacks cannot be taken back, so there is one set of them, and streams come and go.
+//! `Registry`: the live streams of all entities, and the sums of those that have ended. The observable instruments read
+//! from it: their callbacks cannot be unregistered, so one set of them serves all streams.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,23 +12,24 @@ use super::ends::{Count, End, Ends};
 use crate::channel::{ConsumerState, Nanos, Observer};
 use crate::sync::lock;
 
-/// Beyond so many, entities share the series of `OTHER`.
+/// The maximum number of entities with series of their own. Further ones share the series of `OTHER`.
 pub(crate) const MOST_ENTITIES: usize = 1_000;
 const OTHER: &str = "_OTHER";
-/// Stands for the entity in the metrics of a stream that never began: Postgres or this library refused the
-/// query, or its future was dropped before Postgres had accepted it. Nothing vouches for such a name, which may
-/// be a guess of whoever calls the service, and a series that has begun never ends. Spans have the real name.
+/// The entity in the metrics of streams that never began: Postgres or this crate refused the query, or its future was
+/// dropped before Postgres had accepted it. Such a name may come from a user of the service and is not known to exist,
+/// and a series that has begun is exported forever. Spans have the real name.
 pub(super) const REFUSED: &str = "_REFUSED";
-/// An entity keeps the attributes of this many databases, so that they are not made for every stream.
-const MOST_DATABASES: usize = 8;
+/// The maximum number of databases whose attributes an entity caches, so that they are not created for each stream.
+const MAX_DATABASES: usize = 8;
 
 pub(super) const STATES: [&str; 5] = ["source_wait", "scheduled", "decode", "consumer", "paused"];
 pub(super) const OUTCOMES: [&str; 3] = ["yielded", "filtered", "failed"];
 
+/// What the observable instruments observe.
 #[derive(Debug)]
 pub(super) struct Registry {
     entities: Mutex<HashMap<Arc<str>, Arc<Entity>>>,
-    /// Of the streams that Postgres has not accepted.
+    /// The counts of streams whose query was never accepted.
     refused: Ends,
     overflow_is_logged: AtomicBool,
 }
@@ -39,13 +40,13 @@ pub(super) struct Entity {
     pub(super) attribute: KeyValue,
     streams: Mutex<Streams>,
     ends: Ends,
-    /// The databases that it was streamed from last.
-    databases: Mutex<Vec<Known>>,
+    /// The cached attributes, oldest first.
+    databases: Mutex<Vec<CachedAttributes>>,
 }
 
-/// A database, with the attributes that the entity's `db.client` metrics have there.
+/// The attributes of an entity's `db.client` metrics for one database.
 #[derive(Debug)]
-struct Known {
+struct CachedAttributes {
     database: Arc<Database>,
     attributes: Arc<[KeyValue]>,
 }
@@ -53,25 +54,25 @@ struct Known {
 #[derive(Debug, Default)]
 struct Streams {
     live: Vec<Tracked>,
-    /// Of the streams that have ended.
+    /// The sums over the streams that have ended.
     ended: Totals,
-    /// The times, and the backlog, that were observed last.
+    /// The times by state and the backlog, as they were last observed.
     observed: ([Nanos; 5], Nanos),
 }
 
 #[derive(Debug)]
 struct Tracked {
     stream: Observer,
-    /// The rows given out at the last look, and when that was.
+    /// The number of rows yielded by the last observation that saw a new one, and the time of that observation.
     seen: (u64, Nanos),
 }
 
-/// Sums that only grow, over the streams of one entity.
+/// Sums over the streams of one entity. They never decrease.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Totals {
     /// In the order of `STATES`.
     pub(super) time: [Nanos; 5],
-    /// Source and room.
+    /// Waiting for the source, and for room in the channel.
     pub(super) producer: [Nanos; 2],
     pub(super) backlog: Nanos,
     /// In the order of `OUTCOMES`.
@@ -79,7 +80,7 @@ pub(super) struct Totals {
     pub(super) bytes: u64,
 }
 
-/// What the live streams of one entity hold at this moment.
+/// Sums over the live streams of one entity at one moment.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Levels {
     pub(super) streams: usize,
@@ -87,7 +88,7 @@ pub(super) struct Levels {
     pub(super) row_limit: usize,
     pub(super) bytes: usize,
     pub(super) byte_limit: usize,
-    /// The longest time since a row, or since the start, over the live streams.
+    /// The longest time since the last row of a stream, or since its start if it has had none.
     pub(super) since_last_row: Nanos,
 }
 
@@ -134,55 +135,59 @@ impl Default for Registry {
 }
 
 impl Registry {
-    /// The series of an entity that Postgres has accepted. They begin here and stay, so that none vanishes.
+    /// Returns the entity of a query that Postgres has accepted. Its series begin here and are never removed, because a
+    /// counter must not disappear.
     pub(super) fn entity(&self, name: &Arc<str>) -> Arc<Entity> {
         let mut entities = lock(&self.entities);
         if let Some(entity) = entities.get(name) {
             return Arc::clone(entity);
         }
         let is_full = entities.len() >= MOST_ENTITIES;
-        // A relation may have the reserved name.
+        // A relation can have the reserved name.
         let name = if is_full || **name == *REFUSED { Arc::from(OTHER) } else { Arc::clone(name) };
         let entity = entities.entry(name).or_insert_with_key(|name| Arc::new(Entity::new(name)));
         let entity = Arc::clone(entity);
         drop(entities);
         if is_full && !self.overflow_is_logged.swap(true, Ordering::Relaxed) {
             tracing::warn!(
-                "more than {MOST_ENTITIES} entities are streamed: in metrics, further ones count as entity={OTHER:?}"
+                "more than {MOST_ENTITIES} entities are streamed: metrics count further ones as entity={OTHER:?}; keep the number of distinct entities small"
             );
         }
         entity
     }
 
-    /// A stream has ended that Postgres has not accepted.
-    pub(super) fn refused(&self, end: End<'_>) {
+    /// Counts a stream whose query was never accepted.
+    pub(super) fn count_refused(&self, end: End<'_>) {
         self.refused.count(end);
     }
 
+    /// Calls `observe` with the sums of each entity.
     pub(super) fn totals(&self, mut observe: impl FnMut(&KeyValue, &Totals)) {
-        for entity in self.all() {
+        for entity in self.snapshot() {
             observe(&entity.attribute, &entity.totals());
         }
     }
 
+    /// Calls `observe` with the levels of each entity.
     pub(super) fn levels(&self, mut observe: impl FnMut(&KeyValue, &Levels)) {
-        for entity in self.all() {
+        for entity in self.snapshot() {
             observe(&entity.attribute, &entity.levels());
         }
     }
 
+    /// Calls `observe` with each count of ended streams.
     pub(super) fn ends(&self, mut observe: impl FnMut(&KeyValue, &Count)) {
         let mut observe_all = |entity: &KeyValue, ends: &Ends| {
             ends.counts().iter().for_each(|count| observe(entity, count));
         };
         observe_all(&KeyValue::new("entity", REFUSED), &self.refused);
-        for entity in self.all() {
+        for entity in self.snapshot() {
             observe_all(&entity.attribute, &entity.ends);
         }
     }
 
-    /// A copy of the list, so that no stream waits for an exporter.
-    fn all(&self) -> Vec<Arc<Entity>> {
+    /// Returns a copy of the list, so that no stream waits for an exporter.
+    fn snapshot(&self) -> Vec<Arc<Entity>> {
         lock(&self.entities).values().cloned().collect()
     }
 }
@@ -197,20 +202,21 @@ impl Entity {
         }
     }
 
-    /// The attributes of its `db.client` metrics; `schema` is that of the stream's own entity.
+    /// Returns the attributes of its `db.client` metrics. `schema` is that in the name passed to the query, if any.
     fn attributes(&self, database: &Arc<Database>, schema: Option<&str>) -> Arc<[KeyValue]> {
         let mut databases = lock(&self.databases);
-        if let Some(known) = databases.iter().find(|known| known.database == *database) {
-            return Arc::clone(&known.attributes);
+        if let Some(cached) = databases.iter().find(|cached| cached.database == *database) {
+            return Arc::clone(&cached.attributes);
         }
         let entity = &self.attribute.value;
-        // A value that many names share must not be multiplied by their schemas.
+        // Many names share this entity: with their schemas, it would have a series for each of them.
         let schema = schema.filter(|_| entity.as_str() != OTHER);
         let attributes = database.attributes(entity, schema);
-        if databases.len() == MOST_DATABASES {
+        if databases.len() == MAX_DATABASES {
             databases.remove(0);
         }
-        databases.push(Known { database: Arc::clone(database), attributes: Arc::clone(&attributes) });
+        let cached = CachedAttributes { database: Arc::clone(database), attributes: Arc::clone(&attributes) };
+        databases.push(cached);
         attributes
     }
 
@@ -241,8 +247,9 @@ impl Entity {
     }
 }
 
-/// The times of `STATES` now, none of them below what was observed before. What time is put down to can change as
-/// more is known: decoding is sampled, and whose fault a wait was shows at its end. The sum is exact all the same.
+/// Returns the times of `STATES`, none of them below what was observed `before`, with the exact sum of `now`. Without
+/// this a time could decrease: decoding is estimated from samples, and the cause of a wait is known only at its end, so
+/// time may move from one state to another.
 fn clamp_monotonic(before: &[Nanos; 5], now: [Nanos; 5]) -> [Nanos; 5] {
     let mut times: [Nanos; 5] = std::array::from_fn(|state| now[state].max(before[state]));
     let sum = |times: &[Nanos; 5]| times.iter().sum::<Nanos>();
@@ -258,8 +265,8 @@ fn clamp_monotonic(before: &[Nanos; 5], now: [Nanos; 5]) -> [Nanos; 5] {
 }
 
 impl Tracked {
-    /// The stream notes the time of a row only now and then; rows given out since the last look count as
-    /// given out now.
+    /// Returns the time since the last row. The stream stores the time of a row only occasionally, so rows yielded since
+    /// the last observation count as yielded now.
     fn since_last_row(&mut self) -> Nanos {
         let (progress, now) = (&self.stream.progress, self.stream.gauge.now());
         let rows = progress.yielded.load(Ordering::Relaxed);
@@ -270,17 +277,17 @@ impl Tracked {
     }
 }
 
-/// A stream's membership among the live ones.
+/// A stream's registration among the live streams of its entity.
 #[derive(Debug)]
 pub(super) struct Live {
     entity: Arc<Entity>,
     stream: Observer,
-    /// The attributes of its `db.client` metrics.
+    /// The attributes of the stream's `db.client` metrics.
     database: Arc<[KeyValue]>,
 }
 
 impl Live {
-    /// `schema` is that of the stream's own entity, if its name has one.
+    /// Registers a stream. `schema` is that in the name passed to the query, if any.
     pub(super) fn new(
         registry: &Registry,
         stream: &Observer,
@@ -293,12 +300,13 @@ impl Live {
         Self { entity, stream: stream.clone(), database }
     }
 
-    /// The attributes of its metrics: one, in a slice.
+    /// Returns the attributes of the stream's own metrics.
     pub(super) fn attributes(&self) -> &[KeyValue] {
         std::slice::from_ref(&self.entity.attribute)
     }
 
-    /// Folds the stream into its entity's totals; gives the attributes of its `db.client` metrics.
+    /// Adds the stream to the sums of its entity and counts how it ended. Returns the attributes of its `db.client`
+    /// metrics.
     pub(super) fn end(self, end: End<'_>) -> Arc<[KeyValue]> {
         let mut streams = lock(&self.entity.streams);
         streams.live.retain(|tracked| !Arc::ptr_eq(&tracked.stream.gauge, &self.stream.gauge));
@@ -324,13 +332,13 @@ mod tests {
     }
 
     #[test]
-    fn a_relation_with_the_reserved_name_counts_as_other() {
+    fn relation_with_the_reserved_name_is_recorded_as_other() {
         let entity = Registry::default().entity(&Arc::from(REFUSED));
         assert_eq!(entity.attribute.value.as_str(), OTHER);
     }
 
     #[test]
-    fn the_schema_of_a_name_is_in_the_namespace_of_its_own_series_only() {
+    fn schema_of_a_name_is_in_the_namespace_of_its_own_series_only() {
         let (registry, database) = (Registry::default(), database("one"));
         let namespace = |name: &str| {
             let attributes = registry.entity(&Arc::from(name)).attributes(&database, Some("sales"));
@@ -341,24 +349,24 @@ mod tests {
     }
 
     #[test]
-    fn an_entity_of_many_databases_keeps_the_attributes_of_few_and_finds_all() {
+    fn entity_in_many_databases_caches_the_attributes_of_a_few() {
         let entity = Entity::new(&Arc::from("orders"));
-        let databases: Vec<_> = (0..3 * MOST_DATABASES).map(|number| database(&number.to_string())).collect();
+        let databases: Vec<_> = (0..3 * MAX_DATABASES).map(|number| database(&number.to_string())).collect();
         for database in databases.iter().chain(&databases) {
             let attributes = entity.attributes(database, None);
             assert_eq!(attribute(&attributes, "server.address").as_deref(), Some(&*database.address));
         }
-        assert_eq!(lock(&entity.databases).len(), MOST_DATABASES);
+        assert_eq!(lock(&entity.databases).len(), MAX_DATABASES);
         let again = || entity.attributes(&databases[databases.len() - 1], None);
-        assert!(Arc::ptr_eq(&again(), &again()), "they are made once");
+        assert!(Arc::ptr_eq(&again(), &again()), "attributes are created once");
     }
 
     #[test]
-    fn what_is_found_out_late_takes_nothing_back_and_changes_no_sum() {
-        // By the last look all was the consumer's; now a sample says that 30 of it were decoding.
+    fn time_that_moves_between_states_lowers_none_of_them_and_keeps_the_sum() {
+        // Counted for the consumer at first; then a sample shows that 30 of it were spent decoding.
         assert_eq!(clamp_monotonic(&[5, 0, 10, 50, 0], [6, 1, 40, 25, 2]), [6, 1, 15, 50, 2]);
         assert_eq!(clamp_monotonic(&[5, 0, 10, 50, 0], [6, 1, 40, 55, 2]), [6, 1, 40, 55, 2]);
-        // A wait that was the source's so far turns out to be the runtime's.
+        // A wait that was counted for the source turns out to be caused by the runtime.
         assert_eq!(clamp_monotonic(&[50, 0, 0, 0, 0], [20, 40, 0, 0, 0]), [50, 10, 0, 0, 0]);
     }
 }

@@ -1,4 +1,4 @@
-//! The query span, and the spans of poll batches within their budget.
+//! `QuerySpan`: the span of a query. `BatchSpans`: the spans of its poll batches, within their budget.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,69 +11,77 @@ use super::database::Database;
 use crate::channel::Nanos;
 use crate::sync::lock;
 
-/// How many spans poll batches get.
+/// How many spans the poll batches of a stream get.
 ///
-/// A poll-batch span lasts from the poll to the rows in hand: in a waterfall, long spans mean that Postgres
-/// is slow, and gaps between them that the consumer is.
+/// A poll-batch span lasts from the poll to the arrival of its rows. In a waterfall, long spans mean that Postgres is
+/// slow, and gaps between them that the consumer is slow. Set it with
+/// [`ConnectionBuilder::poll_spans`](crate::ConnectionBuilder::poll_spans).
+///
+/// # Examples
 ///
 /// ```
 /// use fraiseql_stream::{Connection, PollSpans};
+///
 /// let builder = Connection::builder("postgres://localhost/shop").poll_spans(PollSpans::Budget(16));
 /// assert_eq!(PollSpans::default(), PollSpans::Budget(64));
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PollSpans {
-    /// One for every poll batch. A fast stream makes tens of thousands a second: for debugging.
+    /// One span per poll batch. A fast stream makes tens of thousands per second, so this is for debugging.
     Every,
-    /// A span covers poll batches of together at least 256 rows or 10 ms, or up to a pause of the consumer
-    /// of 1 ms. After so many spans each covers
-    /// two such groups, after as many again four, and so on; the sums over all spans stay complete.
+    /// One span per group of poll batches. A group ends when it has 256 rows or has lasted 10 ms, or when the consumer
+    /// has not polled for 1 ms.
+    ///
+    /// After this number of spans, each further span covers two groups; after as many again, four groups, and so on.
+    /// No poll batch is left out: the sums over all spans are complete. A budget of 0 is treated as 1.
     Budget(u32),
-    /// None; the query span remains.
+    /// No poll-batch spans. The query span remains.
     Off,
 }
 
 impl Default for PollSpans {
-    /// `Budget(64)`: about 300 spans for half a million small rows.
+    /// Returns `Budget(64)`: about 300 spans for half a million small rows.
     fn default() -> Self {
         Self::Budget(64)
     }
 }
 
-/// A group is worth a span when it has so many rows, or took so long.
+/// The number of rows that completes a group.
 const GROUP_ROWS: usize = 256;
+/// The time that completes a group.
 const GROUP_TIME: Nanos = 10_000_000;
-/// A consumer that is away for so long ends the group: its time must show as a gap.
+/// The time without a poll that ends a group, so that it shows as a gap between two spans.
 const GAP: Nanos = 1_000_000;
-/// A span's end may be so much too early, so that not every poll batch pays for it.
-const STAMP: Nanos = 200_000;
+/// The time by which the end of a span may be too early, so that not every poll batch has to set it.
+const END_INTERVAL: Nanos = 200_000;
 
-/// What the query span says from its start.
+/// The attributes that the query span has from its start.
 #[derive(Debug)]
 pub(crate) struct QueryInfo<'a> {
     pub(crate) entity: &'a str,
     pub(crate) summary: &'a str,
-    /// That of the entity's name, if it has one.
+    /// The schema in the entity's name, if it has one.
     pub(crate) schema: Option<String>,
     pub(crate) database: &'a Arc<Database>,
-    /// Only on request.
+    /// The text of the statement, if it may be recorded.
     pub(crate) text: Option<&'a str>,
 }
 
-/// The span of a query, shared by all who tell something below it. It ends for all of them at once: a span is
-/// exported when the last handle is gone, and must not be kept from that by a task that has not run yet.
+/// The span of a query, shared by everything that records within it. It can be closed for all of them at once: a span is
+/// exported when its last handle is dropped, and a task that has not run yet must not delay that.
 #[derive(Clone, Debug)]
 pub(crate) struct QuerySpan(Arc<SharedSpan>);
 
 #[derive(Debug)]
 struct SharedSpan {
     span: Mutex<Span>,
-    /// Among those that a shutdown waits for; see `DEFERRED`.
+    /// Whether the span is counted in `DEFERRED`.
     is_deferred: AtomicBool,
 }
 
 impl QuerySpan {
+    /// Opens the span, as a child of the caller's current span.
     pub(super) fn open(query: &QueryInfo<'_>) -> Self {
         Self(Arc::new(SharedSpan {
             span: Mutex::new(query_span(query)),
@@ -81,20 +89,21 @@ impl QuerySpan {
         }))
     }
 
-    /// The span, or none once it is closed.
+    /// Returns the span, or a disabled one once it is closed.
     pub(crate) fn get(&self) -> Span {
         lock(&self.0.span).clone()
     }
 
+    /// Closes the span, which exports it.
     pub(super) fn close(&self) {
         let mut span = lock(&self.0.span);
         let closed = std::mem::replace(&mut *span, Span::none());
         drop(span);
-        // Exported here, by code that needs none of our locks.
+        // This exports the span, which runs foreign code and therefore must not happen under the lock.
         drop(closed);
     }
 
-    /// The stream is over; the span closes with the last handle, behind the cancel.
+    /// Leaves the span open until the last handle is dropped, after the query was cancelled. A shutdown waits for that.
     pub(super) fn defer_close(&self) {
         if !self.0.is_deferred.swap(true, Ordering::Relaxed) {
             DEFERRED.fetch_add(1, Ordering::AcqRel);
@@ -104,7 +113,7 @@ impl QuerySpan {
 
 impl Drop for SharedSpan {
     fn drop(&mut self) {
-        // Closed before it is counted out.
+        // Close the span before it is no longer waited for.
         *self.span.get_mut().unwrap_or_else(PoisonError::into_inner) = Span::none();
         if *self.is_deferred.get_mut() {
             DEFERRED.fetch_sub(1, Ordering::AcqRel);
@@ -112,16 +121,16 @@ impl Drop for SharedSpan {
     }
 }
 
-/// The spans of streams that were dropped and whose query is not cancelled yet.
+/// The number of spans of dropped streams whose query is not cancelled yet. A shutdown waits for them.
 static DEFERRED: AtomicUsize = AtomicUsize::new(0);
 
-/// Whether the span of a dropped stream is not closed yet.
+/// Returns whether spans of dropped streams are not closed yet.
 #[cfg(feature = "otlp")]
 pub(crate) fn spans_are_open() -> bool {
     DEFERRED.load(Ordering::Acquire) > 0
 }
 
-/// A CLIENT span after the database conventions, below the caller's current span.
+/// Creates a CLIENT span after the semantic conventions for databases, as a child of the caller's current span.
 fn query_span(query: &QueryInfo<'_>) -> Span {
     let database = query.database;
     info_span!(
@@ -158,28 +167,30 @@ fn query_span(query: &QueryInfo<'_>) -> Span {
     )
 }
 
-/// A poll batch that was taken. `rows_before` waited in the channel when the poll began.
+/// A poll batch: the chunk that one poll took from the channel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PollBatch {
     pub(crate) rows: usize,
     pub(crate) bytes: usize,
+    /// The rows that waited in the channel when the poll began.
     pub(crate) rows_before: usize,
     pub(crate) bytes_before: usize,
+    /// The rows that remained in the channel.
     pub(crate) rows_after: usize,
-    /// When the poll began that got it.
+    /// The time at which the poll began.
     pub(crate) polled: Nanos,
 }
 
-/// What the poll batches of one span add up to.
+/// Sums over the poll batches of one span.
 #[derive(Debug, Default)]
 struct Sums {
     batches: u64,
     rows: usize,
     bytes: usize,
     wait: Nanos,
-    /// Of the first.
+    /// The occupancy before the first poll batch.
     rows_before: usize,
-    /// Of the last.
+    /// The occupancy after the last poll batch.
     rows_after: usize,
 }
 
@@ -200,27 +211,29 @@ impl Sums {
 #[derive(Debug)]
 pub(super) struct BatchSpans {
     mode: PollSpans,
-    /// Someone listens to the query span, and so to these.
-    wanted: bool,
-    /// Spans made.
-    made: u32,
-    /// Groups that one span covers now.
-    cover: u32,
+    /// Whether a subscriber records the query span, and therefore these.
+    is_enabled: bool,
+    /// The number of spans that were closed.
+    closed: u32,
+    /// The number of groups that one span covers at present.
+    groups_per_span: u32,
     open: Option<Open>,
 }
 
+/// The span that is open.
 #[derive(Debug)]
 struct Open {
     span: Span,
     sums: Sums,
+    /// The number of groups that have ended.
     groups: u32,
     group_rows: usize,
     group_since: Nanos,
-    /// When rows were last in hand.
+    /// The time at which a chunk was last taken.
     taken: Nanos,
-    /// When the span was last given an end.
-    stamped: Nanos,
-    /// Decoding of the stream when the span began.
+    /// The time at which the end of the span was last set.
+    end_set: Nanos,
+    /// The decoding time of the stream when the span began.
     decoded: Nanos,
 }
 
@@ -233,21 +246,22 @@ impl Open {
 
 impl BatchSpans {
     pub(super) fn new(mode: PollSpans, query: &QuerySpan) -> Self {
-        let wanted = mode != PollSpans::Off && !query.get().is_disabled();
-        Self { mode, wanted, made: 0, cover: 1, open: None }
+        let is_enabled = mode != PollSpans::Off && !query.get().is_disabled();
+        Self { mode, is_enabled, closed: 0, groups_per_span: 1, open: None }
     }
 
-    pub(super) fn is_wanted(&self) -> bool {
-        self.wanted
+    pub(super) fn is_enabled(&self) -> bool {
+        self.is_enabled
     }
 
-    /// A poll begins; `decoded` is the stream's decoding so far.
+    /// Records that a poll began, in a new span if the open one covers enough. `decoded` is the stream's decoding time
+    /// so far.
     pub(super) fn begin(&mut self, query: &QuerySpan, now: Nanos, decoded: Nanos) {
         if let Some(open) = &mut self.open {
             if open.group_rows > 0 && now.saturating_sub(open.taken) >= GAP {
                 open.end_group(now);
             }
-            if open.groups < self.cover {
+            if open.groups < self.groups_per_span {
                 return;
             }
             self.close(decoded);
@@ -271,30 +285,30 @@ impl BatchSpans {
             group_rows: 0,
             group_since: now,
             taken: now,
-            stamped: 0,
+            end_set: 0,
             decoded,
         });
     }
 
-    /// The rows are in hand: here the span ends for now, whatever the consumer does next.
+    /// Records that the poll took a chunk. If nothing more is added, the span ends here, whatever the consumer does next.
     pub(super) fn taken(&mut self, now: Nanos, batch: &PollBatch) {
         let Some(open) = &mut self.open else { return };
         open.sums.add(now, batch);
         open.group_rows += batch.rows;
         let long = now.saturating_sub(open.group_since) >= GROUP_TIME;
         open.taken = now;
-        let due = now.saturating_sub(open.stamped) >= STAMP;
+        let due = now.saturating_sub(open.end_set) >= END_INTERVAL;
         if self.mode == PollSpans::Every || open.group_rows >= GROUP_ROWS || long {
             open.end_group(now);
         }
-        if due || open.groups >= self.cover {
-            open.stamped = now;
+        if due || open.groups >= self.groups_per_span {
+            open.end_set = now;
             // The exporting layer takes the last exit of a span as its end.
             open.span.in_scope(|| ());
         }
     }
 
-    /// Nothing more comes, or enough is covered.
+    /// Closes the open span, if there is one. `decoded` is the stream's decoding time so far.
     pub(super) fn close(&mut self, decoded: Nanos) {
         let Some(Open { span, sums, decoded: before, .. }) = self.open.take() else {
             return;
@@ -309,20 +323,21 @@ impl BatchSpans {
             fraiseql.time.wait = seconds(sums.wait),
             fraiseql.time.decode = seconds(decoded.saturating_sub(before)),
         );
-        self.made += 1;
+        self.closed += 1;
         if let PollSpans::Budget(budget) = self.mode
-            && self.made.is_multiple_of(budget.max(1))
+            && self.closed.is_multiple_of(budget.max(1))
         {
-            self.cover = self.cover.saturating_mul(2);
+            self.groups_per_span = self.groups_per_span.saturating_mul(2);
         }
     }
 }
 
-/// Integers of spans are signed in OpenTelemetry; others would come out as text.
+/// Converts a value for a span field. Integers are signed in OpenTelemetry; an unsigned one would be exported as text.
 pub(super) fn int(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
+/// Converts nanoseconds to seconds.
 pub(super) fn seconds(nanos: Nanos) -> f64 {
     nanos as f64 / 1e9
 }

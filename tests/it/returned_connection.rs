@@ -16,9 +16,9 @@ type Change = fn(Owned) -> Owned;
 const REJECTED: [(&str, Change, ErrorKind); 6] = [
     ("nowhere", |query| query, ErrorKind::Query),
     ("t", |query| query.where_sql("not SQL", &[]), ErrorKind::Query),
-    ("number", |query| query, ErrorKind::Config),
+    ("number", |query| query, ErrorKind::Statement),
     ("t", |query| query.chunk_size(0), ErrorKind::Config),
-    ("t", |query| query.where_sql("id = $1", &[&"not a number"]), ErrorKind::Config),
+    ("t", |query| query.where_sql("id = $1", &[&"not a number"]), ErrorKind::Statement),
     ("", |query| query, ErrorKind::Config),
 ];
 
