@@ -18,7 +18,7 @@ use tracing::Instrument;
 use super::connect::Peer;
 use super::rows::RawRows;
 use crate::error::{Error, ErrorKind, io_cause};
-use crate::telemetry::QuerySpan;
+use crate::telemetry::{QuerySpan, SCOPE};
 
 /// The time after which the query of a dropped stream must have ended. If it has not, the connection is closed.
 pub(super) const CLEANUP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -34,6 +34,7 @@ pub(super) async fn cancel(
     end: impl Future<Output = ()>,
 ) -> bool {
     let span = tracing::info_span!(
+        target: SCOPE,
         parent: &query.get(),
         "cancel",
         otel.kind = "client",
