@@ -266,7 +266,7 @@ mod tests {
         assert_eq!(settings.logs.protocol, Protocol::HttpProtobuf);
         assert_eq!(settings.spans, Batch { queue: 2_048, most: 512, delay: Duration::from_secs(5) });
         assert_eq!(settings.records.delay, Duration::from_secs(1));
-        assert_eq!(settings.metric_interval, Duration::from_mins(1));
+        assert_eq!(settings.metric_interval, Duration::from_secs(60));
         assert!(matches!(settings.sampler, Sampler::ParentBased(_)));
     }
 
