@@ -27,7 +27,7 @@ fn invalid_condition_or_parameter_shows_the_server_error() {
     let line = database.failure(&["docs", "--where", "data::int = $1", "--param", "seven"]);
     assert!(line.contains("invalid input syntax for type integer: \"seven\" (22P02)"), "{line}");
     let line = database.failure(&["docs", "--where", "data::int = $1"]);
-    assert!(line.contains("1 parameter,"), "{line}");
+    assert!(line.contains("1 parameter, but"), "{line}");
 }
 
 #[test]
