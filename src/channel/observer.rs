@@ -138,22 +138,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_parts_of_stream_time_add_up_to_the_lifetime() {
-        let (observer, now) = Observer::manual("orders");
-        now.store(1_000_000_007, Ordering::Relaxed);
-        observer.gauge.record_decode(400_000_003);
-        observer.gauge.ledger.enter_consumer(ConsumerState::SourceWait, 900_000_000);
-        let stats = observer.stats();
-        let time = stats.time;
-        assert_eq!(
-            (time.decode, time.consumer),
-            (Duration::from_nanos(400_000_003), Duration::from_nanos(499_999_997))
-        );
-        let sum = time.source_wait + time.scheduled + time.decode + time.consumer + time.paused;
-        assert_eq!((sum, stats.elapsed), (stats.elapsed, Duration::from_nanos(1_000_000_007)));
-    }
-
-    #[test]
     fn stats_are_one_line_even_if_the_entity_has_a_line_break() {
         let (observer, _) = Observer::manual("a\nb");
         assert!(observer.stats().to_string().starts_with("a\\nb: 0 rows"), "{}", observer.stats());
