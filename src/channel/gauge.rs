@@ -1,11 +1,11 @@
-//! What a channel tells of itself without being locked.
+//! `Gauge`: the levels and times of a channel, which are read without its lock.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use super::clock::Nanos;
 use super::ledger::{Ledger, Times};
 
-/// Written under the channel's lock; read by whoever looks, who never waits.
+/// The levels and times of a channel. Written under the channel's lock; reading takes no lock and never waits.
 #[derive(Debug)]
 pub(crate) struct Gauge {
     pub(crate) row_limit: usize,
@@ -30,12 +30,12 @@ impl Gauge {
         }
     }
 
-    /// Returns the age of the stream.
+    /// Returns the time since the stream was started.
     pub(crate) fn now(&self) -> Nanos {
         self.ledger.now()
     }
 
-    /// Returns where the time went without a delay that cannot be attributed yet, so that nothing has to be taken back.
+    /// Returns the times without a delay that cannot be attributed yet, so that no sum ever decreases.
     pub(crate) fn settled_times(&self) -> Times {
         self.ledger.read_settled()
     }
@@ -45,45 +45,45 @@ impl Gauge {
         self.ledger.read_decode()
     }
 
-    /// Counts `spent` as decoding.
+    /// Adds `spent` to the time spent decoding.
     pub(crate) fn record_decode(&self, spent: Nanos) {
-        self.ledger.decoded(spent);
+        self.ledger.record_decode(spent);
     }
 
-    /// Records that the consumer waited for `waited`.
+    /// Records that the consumer waited for rows for `waited`.
     pub(crate) fn record_wait(&self, waited: Nanos) {
         self.ledger.watchdog().record_wait(waited);
     }
 
-    /// Rows that wait in the channel.
+    /// Returns the number of rows that wait in the channel.
     pub(crate) fn rows(&self) -> usize {
         self.rows.load(Ordering::Relaxed)
     }
 
-    /// Payload bytes that wait in the channel.
+    /// Returns the number of payload bytes that wait in the channel.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// The most payload bytes that ever waited at once.
+    /// Returns the highest number of payload bytes that ever waited at once.
     pub(crate) fn peak_bytes(&self) -> usize {
         self.peak_bytes.load(Ordering::Relaxed)
     }
 
-    /// Payload bytes that ever came into the channel.
+    /// Returns the number of payload bytes sent into the channel so far.
     pub(crate) fn received_bytes(&self) -> u64 {
         self.received_bytes.load(Ordering::Relaxed)
     }
 
-    /// The channel holds this much now.
-    pub(crate) fn hold(&self, rows: usize, bytes: usize) {
+    /// Records what waits in the channel now.
+    pub(super) fn set_level(&self, rows: usize, bytes: usize) {
         self.rows.store(rows, Ordering::Relaxed);
         self.bytes.store(bytes, Ordering::Relaxed);
         self.peak_bytes.fetch_max(bytes, Ordering::Relaxed);
     }
 
-    /// So much came in.
-    pub(crate) fn received(&self, bytes: usize) {
+    /// Adds `bytes` to the payload bytes sent into the channel.
+    pub(super) fn count_received(&self, bytes: usize) {
         self.received_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 }

@@ -1,76 +1,42 @@
-//! `Ledger`: where a stream's time goes, and whose time it is.
+//! `Ledger`: where the time of a stream goes, and to which side it is attributed.
 //!
-//! On each half, every moment belongs to exactly one state. Entering a state leaves the previous one, so the sums
-//! add up to the half's lifetime by construction. Readers count the current state up to the moment of reading.
+//! In each half of the channel, every moment belongs to exactly one state. Entering a state leaves the previous one, so
+//! the sums always add up to the half's lifetime. Readers count the current state up to the moment of reading.
 
 mod evidence;
 mod partition;
+mod states;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
-use self::evidence::{AT_ONCE, Evidence, Whose};
-use self::partition::{OVER, Partition, Sums, Window, add};
+use self::evidence::{AT_ONCE, Attribution, Evidence};
+use self::partition::{ENDED, Partition, Sums, Window, add};
+use self::states::{CONSUMER_STATES, PRODUCER_STATES};
+pub(crate) use self::states::{ConsumerState, ProducerState, Times};
 use super::clock::{Clock, Nanos};
 use super::watchdog::{CATCH_UP, Watchdog};
 
-/// What the consumer's half does. In both `Overlap` and `Backlog` the user's code or the decoder holds rows; in
-/// `Backlog`, more rows or the end wait in the channel meanwhile.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum ConsumerState {
-    SourceWait = 0,
-    Scheduled = 1,
-    Overlap = 2,
-    Backlog = 3,
-    Paused = 4,
-    /// Rows arrived while it waited, and it has not taken them yet. Has no sum of its own: the time is attributed to
-    /// the runtime (`Scheduled`) and to the consumer (`Backlog`).
-    Woken = 5,
-}
-
-/// What the producer's half does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum ProducerState {
-    Source = 0,
-    Room = 1,
-}
-
-const STATES: usize = 5;
-
-/// The time of one stream. The channel's lock admits one writer at a time; readers take no lock and detect by the
-/// version whether what they read is consistent.
+/// The times of one stream. Methods that change them must be called under the channel's lock, so there is one writer at
+/// a time. Readers take no lock. They detect by the version whether what they read is consistent.
 ///
-/// While the consumer's own task keeps the only thread, nobody can read rows for it, and the channel looks empty.
-/// If rows arrive at once after it yields the thread, they had been there: that time was backlog.
+/// While the consumer's own task blocks the only thread, the producer cannot read rows, and the channel looks empty. If
+/// rows arrive at once after the task yields the thread, they were ready before, and that time was backlog.
 #[derive(Debug)]
 pub(crate) struct Ledger {
     clock: Clock,
     evidence: Evidence,
+    /// Odd while a writer is at work.
     version: AtomicU64,
-    consumer: Partition<STATES>,
-    producer: Partition<2>,
-    /// When rows were last taken.
-    taken: AtomicU64,
-    /// Time in `Overlap` that is backlog if rows arrive soon after `suspect_until`.
-    suspect: AtomicU64,
-    suspect_until: AtomicU64,
+    consumer: Partition<CONSUMER_STATES>,
+    producer: Partition<PRODUCER_STATES>,
+    /// When the consumer last took a chunk.
+    last_take: AtomicU64,
+    /// Time in `Overlap` that becomes backlog if rows arrive soon after `unproven_until`.
+    unproven_backlog: AtomicU64,
+    unproven_until: AtomicU64,
     decode: AtomicU64,
-    window: Window<STATES>,
-}
-
-/// The sums of both halves at one moment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Times {
-    pub(crate) at: Nanos,
-    pub(crate) consumer: [Nanos; STATES],
-    pub(crate) producer: [Nanos; 2],
-    pub(crate) decode: Nanos,
-}
-
-impl Times {
-    pub(crate) fn of(&self, state: ConsumerState) -> Nanos {
-        self.consumer[state as usize]
-    }
+    window: Window<CONSUMER_STATES>,
 }
 
 impl Ledger {
@@ -79,12 +45,12 @@ impl Ledger {
             evidence: Evidence::new(&clock, watchdog),
             clock,
             version: AtomicU64::new(0),
-            // Until the first poll nobody waits for rows: the caller is busy elsewhere.
+            // Before the first poll the caller is busy elsewhere and does not wait for rows.
             consumer: Partition::new(ConsumerState::Overlap as usize),
             producer: Partition::new(ProducerState::Source as usize),
-            taken: AtomicU64::new(0),
-            suspect: AtomicU64::new(0),
-            suspect_until: AtomicU64::new(0),
+            last_take: AtomicU64::new(0),
+            unproven_backlog: AtomicU64::new(0),
+            unproven_until: AtomicU64::new(0),
             decode: AtomicU64::new(0),
             window: Window::new(),
         }
@@ -98,147 +64,149 @@ impl Ledger {
         self.evidence.watchdog()
     }
 
-    /// The consumer found nothing in a poll that began at `polled`. Call under the channel's lock.
-    pub(crate) fn wait(&self, polled: Nanos) {
+    /// Records that a poll of the consumer that began at `polled` found the channel empty.
+    pub(crate) fn record_empty_poll(&self, polled: Nanos) {
         if self.consumer_is(ConsumerState::SourceWait) {
-            return self.wait_on();
+            return self.continue_wait();
         }
         self.write(|| {
             let is_overlap = self.consumer_is(ConsumerState::Overlap);
-            let kept = if is_overlap { self.evidence.kept_thread(self.consumer.since(), polled) } else { 0 };
-            self.suspect.store(kept, Ordering::Relaxed);
-            self.suspect_until.store(polled, Ordering::Relaxed);
-            self.enter(ConsumerState::SourceWait as usize, polled, self.running(polled));
+            let blocked =
+                if is_overlap { self.evidence.blocked_thread(self.consumer.since(), polled) } else { 0 };
+            self.unproven_backlog.store(blocked, Ordering::Relaxed);
+            self.unproven_until.store(polled, Ordering::Relaxed);
+            self.enter(ConsumerState::SourceWait as usize, polled, self.current_parts(polled));
         });
-        self.evidence.note_pace(polled.saturating_sub(self.taken.load(Ordering::Relaxed)), polled);
-        self.evidence.wait_begins(polled);
+        self.evidence.record_pace(polled.saturating_sub(self.last_take.load(Ordering::Relaxed)), polled);
+        self.evidence.record_wait_start(polled);
     }
 
-    /// A further poll in the same wait found nothing.
-    fn wait_on(&self) {
+    /// Records a further empty poll in the same wait.
+    fn continue_wait(&self) {
         let now = self.now();
-        if self.evidence.is_wanted(now) {
-            let whose = self.evidence.of_wait_up_to_poll(self.consumer.since(), now);
-            self.write(|| self.end_wait(ConsumerState::SourceWait, &whose, now));
-            self.evidence.wait_begins(now);
+        if self.evidence.learns_from_poll(now) {
+            let attribution = self.evidence.attribute_wait_at_poll(self.consumer.since(), now);
+            self.write(|| self.leave_wait(ConsumerState::SourceWait, &attribution, now));
+            self.evidence.record_wait_start(now);
         }
     }
 
     /// Attributes the current wait and enters `state`.
-    fn end_wait(&self, state: ConsumerState, whose: &Whose, now: Nanos) {
+    fn leave_wait(&self, state: ConsumerState, attribution: &Attribution, now: Nanos) {
         let since = self.consumer.since();
-        let parts = self.parts_of_wait(*whose, now);
+        let parts = self.wait_parts(*attribution, now);
         let own = parts[ConsumerState::Overlap as usize];
         if own > 0 {
-            add(&self.suspect, own);
+            add(&self.unproven_backlog, own);
             let until = if state == ConsumerState::SourceWait { now } else { since + own };
-            self.suspect_until.store(until, Ordering::Relaxed);
+            self.unproven_until.store(until, Ordering::Relaxed);
         }
-        if self.evidence.asked_in_wait() {
-            self.evidence.weigh(whose);
+        if self.evidence.has_turn_for_wait() {
+            self.evidence.remember(attribution);
         }
         self.enter(state as usize, now, parts);
     }
 
-    /// Rows, or the end, arrived in the channel. Call under the channel's lock, before the consumer is woken.
-    pub(crate) fn rows_arrived(&self) {
+    /// Records that rows or the end arrived in the channel. Call before the consumer is woken.
+    pub(crate) fn record_arrival(&self) {
         if self.consumer_is(ConsumerState::SourceWait) {
             let now = self.now();
-            let whose = self.evidence.of_wait(self.consumer.since(), now);
+            let attribution = self.evidence.attribute_wait(self.consumer.since(), now);
             self.write(|| {
-                self.end_wait(ConsumerState::Woken, &whose, now);
-                self.settle_suspect(now);
+                self.leave_wait(ConsumerState::Woken, &attribution, now);
+                self.settle_unproven_backlog(now);
             });
-            self.evidence.rows_arrived(now);
+            self.evidence.record_arrival(now);
         } else if self.consumer_is(ConsumerState::Overlap) {
             self.enter_consumer(ConsumerState::Backlog, self.now());
         }
     }
 
-    fn settle_suspect(&self, now: Nanos) {
-        let suspect = self.suspect.load(Ordering::Relaxed);
-        let is_soon = now.saturating_sub(self.suspect_until.load(Ordering::Relaxed)) <= CATCH_UP;
-        if suspect > 0 && is_soon {
-            self.consumer.shift(ConsumerState::Overlap as usize, ConsumerState::Backlog as usize, suspect);
+    fn settle_unproven_backlog(&self, now: Nanos) {
+        let unproven = self.unproven_backlog.load(Ordering::Relaxed);
+        let is_soon = now.saturating_sub(self.unproven_until.load(Ordering::Relaxed)) <= CATCH_UP;
+        if unproven > 0 && is_soon {
+            self.consumer.shift(ConsumerState::Overlap as usize, ConsumerState::Backlog as usize, unproven);
         }
-        self.suspect.store(0, Ordering::Relaxed);
+        self.unproven_backlog.store(0, Ordering::Relaxed);
     }
 
-    /// The consumer yields although it could continue. Call under the channel's lock.
-    pub(crate) fn yield_thread(&self, is_empty: bool) {
+    /// Records that the consumer yields the thread although it could continue.
+    pub(crate) fn record_yield(&self, is_empty: bool) {
         self.enter_consumer(
             if is_empty { ConsumerState::SourceWait } else { ConsumerState::Woken },
             self.now(),
         );
-        self.evidence.forget();
+        self.evidence.forget_requests();
     }
 
-    /// The producer is about to be woken by the consumer. Call under the channel's lock.
-    pub(crate) fn wake_producer(&self, now: Nanos) {
-        self.evidence.wake_producer(now);
+    /// Records that the consumer is about to wake the producer.
+    pub(crate) fn record_producer_wake(&self, now: Nanos) {
+        self.evidence.record_producer_wake(now);
     }
 
-    /// The producer runs. Call under the channel's lock.
-    pub(crate) fn producer_runs(&self) {
-        if !self.evidence.producer_is_woken() {
+    /// Records that the producer runs.
+    pub(crate) fn record_producer_run(&self) {
+        if !self.evidence.is_producer_woken() {
             return;
         }
         let now = self.now();
-        let is_waiting =
+        let is_channel_empty =
             self.consumer_is(ConsumerState::SourceWait) || self.consumer_is(ConsumerState::Overlap);
         self.write(|| {
-            if is_waiting && self.evidence.kept_producer(self.consumer.since(), now) > 0 {
-                self.enter(self.consumer.state(), now, self.running(now));
+            if is_channel_empty && self.evidence.blocked_producer(self.consumer.since(), now) > 0 {
+                self.enter(self.consumer.state(), now, self.current_parts(now));
             }
-            self.evidence.producer_runs();
+            self.evidence.record_producer_run();
         });
     }
 
-    /// The consumer has taken a chunk and enters `state`; returns whether it had let the chunk wait after it was
-    /// woken. Call under the channel's lock.
-    pub(crate) fn take(&self, state: ConsumerState, now: Nanos) -> bool {
+    /// Records that the consumer has taken a chunk and enters `state`. Returns whether it was woken for the chunk and
+    /// did not take it at once.
+    pub(crate) fn record_take(&self, state: ConsumerState, now: Nanos) -> bool {
         let mut delay = 0;
         if self.consumer_is(ConsumerState::Woken) {
             let since = self.consumer.since();
             delay = now.saturating_sub(since);
-            self.evidence.weigh(&self.evidence.of_delay(since, now));
+            self.evidence.remember(&self.evidence.attribute_delay(since, now));
         }
         if !self.consumer_is(state) {
             self.enter_consumer(state, now);
         }
-        self.taken.store(now, Ordering::Relaxed);
-        self.evidence.rows_taken(delay, now);
+        self.last_take.store(now, Ordering::Relaxed);
+        self.evidence.record_take(delay, now);
         delay > AT_ONCE
     }
 
-    /// The consumer's half enters `state`. Call under the channel's lock.
+    /// Records that the consumer enters `state`.
     pub(crate) fn enter_consumer(&self, state: ConsumerState, now: Nanos) {
-        self.write(|| self.enter(state as usize, now, self.running(now)));
+        self.write(|| self.enter(state as usize, now, self.current_parts(now)));
     }
 
-    /// The producer's half enters `state`. Call under the channel's lock.
+    /// Records that the producer enters `state`.
     pub(crate) fn enter_producer(&self, state: ProducerState, now: Nanos) {
-        self.write(|| self.producer.enter(state as usize, now, self.producer.running(now)));
+        self.write(|| self.producer.enter(state as usize, now, self.producer.current_parts(now)));
     }
 
-    /// The consumer's half is over. Call under the channel's lock.
+    /// Ends the lifetime of the consumer's half. Does nothing if it has ended.
     pub(crate) fn end_consumer(&self) {
         self.write(|| {
-            let now = self.end_of_life();
-            self.enter(OVER, now, self.running(now));
+            let now = self.end_time();
+            self.enter(ENDED, now, self.current_parts(now));
         });
     }
 
-    /// The producer's half is over. Call under the channel's lock.
+    /// Ends the lifetime of the producer's half. Does nothing if it has ended.
     pub(crate) fn end_producer(&self) {
         self.write(|| {
-            let now = self.end_of_life();
-            self.producer.enter(OVER, now, self.producer.running(now));
+            let now = self.end_time();
+            self.producer.enter(ENDED, now, self.producer.current_parts(now));
         });
     }
 
-    /// The time, from when on readers have to read again: none has seen more of the life than there is.
-    fn end_of_life(&self) -> Nanos {
+    /// Returns the time at which a lifetime ends. The fence makes readers that look later read again, so that no reader
+    /// returns a lifetime longer than the final one.
+    fn end_time(&self) -> Nanos {
         fence(Ordering::SeqCst);
         self.now()
     }
@@ -247,101 +215,101 @@ impl Ledger {
         self.consumer.is(state as usize)
     }
 
-    /// Whether the consumer's half is over.
+    /// Returns whether the lifetime of the consumer's half has ended.
     pub(crate) fn is_ended(&self) -> bool {
-        self.consumer.is(OVER)
+        self.consumer.is(ENDED)
     }
 
     pub(crate) fn producer_is(&self, state: ProducerState) -> bool {
         self.producer.is(state as usize)
     }
 
-    fn enter(&self, state: usize, now: Nanos, parts: [Nanos; STATES]) {
+    fn enter(&self, state: usize, now: Nanos, parts: [Nanos; CONSUMER_STATES]) {
         self.consumer.enter(state, now, parts);
         self.window.mark(&self.consumer, now);
     }
 
-    /// How the time in the consumer's current state is attributed up to `now`.
-    fn running(&self, now: Nanos) -> [Nanos; STATES] {
+    /// Returns how the time in the consumer's current state is attributed, up to `now`.
+    fn current_parts(&self, now: Nanos) -> [Nanos; CONSUMER_STATES] {
         let since = self.consumer.since();
-        let life = now.saturating_sub(since);
+        let elapsed = now.saturating_sub(since);
         if self.consumer_is(ConsumerState::SourceWait) {
-            return self.parts_of_wait(self.evidence.of_wait(since, now), now);
+            return self.wait_parts(self.evidence.attribute_wait(since, now), now);
         }
         if self.consumer_is(ConsumerState::Overlap) {
-            let kept = self.evidence.kept_producer(since, now).min(life);
-            return [0, 0, life - kept, kept, 0];
+            let blocked = self.evidence.blocked_producer(since, now).min(elapsed);
+            return [0, 0, elapsed - blocked, blocked, 0];
         }
         if self.consumer_is(ConsumerState::Woken) {
-            if life <= AT_ONCE {
+            if elapsed <= AT_ONCE {
                 // A consumer that takes rows at once has waited for them until then.
-                return [life, 0, 0, 0, 0];
+                return [elapsed, 0, 0, 0, 0];
             }
-            let others = self.evidence.resolve(self.evidence.of_delay(since, now)).others.min(life);
-            return [0, others, 0, life - others, 0];
+            let others = self.evidence.resolve(self.evidence.attribute_delay(since, now)).others.min(elapsed);
+            return [0, others, 0, elapsed - others, 0];
         }
-        self.consumer.running(now)
+        self.consumer.current_parts(now)
     }
 
-    /// What of it a reader can be given. Whose a delay is shows after `AT_ONCE`: until then nobody's, so that nothing
-    /// has to be taken back.
-    fn running_so_far(&self, now: Nanos) -> [Nanos; STATES] {
+    /// Returns the part of the current state's time whose attribution will not change. A delay can be attributed only
+    /// after `AT_ONCE`; until then none of it is returned.
+    fn settled_parts(&self, now: Nanos) -> [Nanos; CONSUMER_STATES] {
         let is_open =
             self.consumer_is(ConsumerState::Woken) && now.saturating_sub(self.consumer.since()) <= AT_ONCE;
-        if is_open { [0; STATES] } else { self.running(now) }
+        if is_open { [0; CONSUMER_STATES] } else { self.current_parts(now) }
     }
 
-    fn parts_of_wait(&self, whose: Whose, now: Nanos) -> [Nanos; STATES] {
+    fn wait_parts(&self, attribution: Attribution, now: Nanos) -> [Nanos; CONSUMER_STATES] {
         let since = self.consumer.since();
-        let life = now.saturating_sub(since);
-        let Whose { own, others, .. } = self.evidence.resolve(whose);
-        let left = life.saturating_sub(own + others);
-        let kept = self.evidence.kept_producer(since + own, now).min(left);
-        [left - kept, others, own, kept, 0]
+        let elapsed = now.saturating_sub(since);
+        let Attribution { own, others, .. } = self.evidence.resolve(attribution);
+        let left = elapsed.saturating_sub(own + others);
+        let blocked = self.evidence.blocked_producer(since + own, now).min(left);
+        [left - blocked, others, own, blocked, 0]
     }
 
-    /// Counts `spent` as decoding, which is part of the time in which the consumer holds rows.
-    pub(crate) fn decoded(&self, spent: Nanos) {
+    /// Adds `spent` to the time spent decoding, which is part of the time in which the consumer is busy.
+    pub(crate) fn record_decode(&self, spent: Nanos) {
         add(&self.decode, spent);
     }
 
-    /// The time spent decoding, which is cheaper to read than all sums.
+    /// Returns the time spent decoding. This is cheaper than reading all sums.
     pub(crate) fn read_decode(&self) -> Nanos {
         self.decode.load(Ordering::Relaxed)
     }
 
-    /// The sums up to now, current states included.
+    /// Returns the sums up to now, current states included.
     pub(crate) fn read(&self) -> Times {
-        self.consistent(|| self.read_at(self.now()))
+        self.read_consistently(|| self.read_at(self.now()))
     }
 
-    /// The sums without a delay of which it is not known yet whose it is, so that nothing has to be taken back.
+    /// Returns the sums without a delay that cannot be attributed yet, so that no sum ever decreases.
     pub(crate) fn read_settled(&self) -> Times {
-        self.consistent(|| {
+        self.read_consistently(|| {
             let now = self.now();
-            self.times(self.running_so_far(now), now)
+            self.times(self.settled_parts(now), now)
         })
     }
 
-    /// The consumer's sums at the beginning of the sliding window.
-    pub(crate) fn read_window_start(&self) -> [Nanos; STATES] {
-        self.consistent(|| {
+    /// Returns the consumer's sums at the start of the sliding window.
+    pub(crate) fn read_window_start(&self) -> [Nanos; CONSUMER_STATES] {
+        self.read_consistently(|| {
             let now = self.read_at(self.now());
             self.window.start(Sums { at: now.at, sums: now.consumer }).sums
         })
     }
 
     fn read_at(&self, now: Nanos) -> Times {
-        self.times(self.running(now), now)
+        self.times(self.current_parts(now), now)
     }
 
-    fn times(&self, running: [Nanos; STATES], now: Nanos) -> Times {
-        let consumer = self.consumer.read(running);
+    fn times(&self, current: [Nanos; CONSUMER_STATES], now: Nanos) -> Times {
+        let consumer = self.consumer.read(current);
         let busy = consumer[ConsumerState::Overlap as usize] + consumer[ConsumerState::Backlog as usize];
         Times {
             at: consumer.iter().sum(),
             consumer,
-            producer: self.producer.read(self.producer.running(now)),
+            producer: self.producer.read(self.producer.current_parts(now)),
             decode: self.decode.load(Ordering::Relaxed).min(busy),
         }
     }
@@ -354,9 +322,10 @@ impl Ledger {
         self.version.store(version.wrapping_add(2), Ordering::Release);
     }
 
-    /// Reads again if a writer interfered. A writer is done within nanoseconds; if the operating system suspended it
-    /// in between, the reader yields, but does not wait for it: it returns what it last read.
-    fn consistent<T>(&self, read: impl Fn() -> T) -> T {
+    /// Calls `read` again if a writer interfered. A writer finishes within nanoseconds unless the operating system
+    /// suspends it. The reader does not wait for a suspended writer: after a number of attempts it returns what it
+    /// read last.
+    fn read_consistently<T>(&self, read: impl Fn() -> T) -> T {
         for _ in 0..64 {
             let before = self.version.load(Ordering::Acquire);
             let value = read();

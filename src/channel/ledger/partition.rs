@@ -1,4 +1,4 @@
-//! `Partition`: a lifetime divided into states, and `Window`: its sums over the last seconds.
+//! `Partition`: a lifetime divided into states, and `Window`: the sums of a partition over the last seconds.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -7,13 +7,16 @@ use crate::channel::clock::Nanos;
 /// A lifetime divided into `N` states.
 #[derive(Debug)]
 pub(crate) struct Partition<const N: usize> {
+    /// The time in each state, without the time since `since`.
     sums: [AtomicU64; N],
-    /// The current state; `OVER` once the lifetime is over.
+    /// The current state; `ENDED` once the lifetime is over.
     state: AtomicUsize,
+    /// When the current state was entered.
     since: AtomicU64,
 }
 
-pub(crate) const OVER: usize = usize::MAX;
+/// The state after the end of a lifetime. It has no sum.
+pub(crate) const ENDED: usize = usize::MAX;
 
 impl<const N: usize> Partition<N> {
     pub(crate) fn new(state: usize) -> Self {
@@ -24,10 +27,10 @@ impl<const N: usize> Partition<N> {
         }
     }
 
-    /// Enters a state and attributes the time in the previous one as `parts` says. Does nothing once the lifetime is
+    /// Enters `state` and adds `parts`, the time in the previous state, to the sums. Does nothing once the lifetime is
     /// over.
     pub(crate) fn enter(&self, state: usize, now: Nanos, parts: [Nanos; N]) {
-        if self.is(OVER) {
+        if self.is(ENDED) {
             return;
         }
         self.sums.iter().zip(parts).for_each(|(sum, part)| add(sum, part));
@@ -47,8 +50,8 @@ impl<const N: usize> Partition<N> {
         self.since.load(Ordering::Relaxed)
     }
 
-    /// The time in the current state up to `now`, all of it attributed to that state.
-    pub(crate) fn running(&self, now: Nanos) -> [Nanos; N] {
+    /// Returns the time in the current state up to `now`, all of it attributed to that state.
+    pub(crate) fn current_parts(&self, now: Nanos) -> [Nanos; N] {
         let mut parts = [0; N];
         if let Some(part) = parts.get_mut(self.state.load(Ordering::Relaxed)) {
             *part = now.saturating_sub(self.since());
@@ -56,11 +59,12 @@ impl<const N: usize> Partition<N> {
         parts
     }
 
-    pub(crate) fn read(&self, running: [Nanos; N]) -> [Nanos; N] {
-        std::array::from_fn(|i| self.sums[i].load(Ordering::Relaxed) + running[i])
+    /// Returns the sums, with the time in the current state attributed as `current` says.
+    pub(crate) fn read(&self, current: [Nanos; N]) -> [Nanos; N] {
+        std::array::from_fn(|i| self.sums[i].load(Ordering::Relaxed) + current[i])
     }
 
-    /// Moves time from one state to another, at most as much as there is.
+    /// Moves `time` from the sum of one state to another, or the whole sum if it is smaller.
     pub(crate) fn shift(&self, from: usize, to: usize, time: Nanos) {
         let sum = self.sums[from].load(Ordering::Relaxed);
         let moved = time.min(sum);
@@ -69,7 +73,7 @@ impl<const N: usize> Partition<N> {
     }
 }
 
-/// Adds to a counter that has one writer at a time, which is cheaper than an atomic addition.
+/// Adds to a counter that has one writer at a time. This is cheaper than an atomic addition.
 pub(crate) fn add(counter: &AtomicU64, value: u64) {
     counter.store(counter.load(Ordering::Relaxed).wrapping_add(value), Ordering::Relaxed);
 }
@@ -81,13 +85,15 @@ pub(crate) struct Sums<const N: usize> {
     pub(crate) sums: [Nanos; N],
 }
 
-/// The sums of a partition at each of the last seconds.
+/// The sums of a partition at about each of the last seconds.
 #[derive(Debug)]
 pub(crate) struct Window<const N: usize> {
     marks: [Mark<N>; MARKS],
+    /// The number of marks written so far. The latest is at this index, modulo `MARKS`.
     marked: AtomicUsize,
 }
 
+/// The sums at the moment `at`.
 #[derive(Debug)]
 struct Mark<const N: usize> {
     at: AtomicU64,
@@ -97,7 +103,7 @@ struct Mark<const N: usize> {
 /// The length of the sliding window.
 const WINDOW: Nanos = 10_000_000_000;
 const MARK_EVERY: Nanos = 1_000_000_000;
-/// One more than the window has seconds, plus one for the mark that is being written.
+/// One more than the window has seconds, and one for the mark that is being written.
 const MARKS: usize = 12;
 
 impl<const N: usize> Window<N> {
@@ -106,7 +112,7 @@ impl<const N: usize> Window<N> {
         Self { marks: std::array::from_fn(mark), marked: AtomicUsize::new(0) }
     }
 
-    /// Marks the sums if the last mark is a second old.
+    /// Writes a mark if the last one is at least a second old.
     pub(crate) fn mark(&self, partition: &Partition<N>, now: Nanos) {
         let marked = self.marked.load(Ordering::Relaxed);
         let last = self.marks[marked % MARKS].at.load(Ordering::Relaxed);
@@ -121,7 +127,7 @@ impl<const N: usize> Window<N> {
         self.marked.store(marked + 1, Ordering::Relaxed);
     }
 
-    /// The sums one window before `now`, interpolated between the two marks around that moment.
+    /// Returns the sums one window before `now`, interpolated between the two marks around that moment.
     pub(crate) fn start(&self, now: Sums<N>) -> Sums<N> {
         let then = now.at.saturating_sub(WINDOW);
         let mut after = now;
@@ -140,6 +146,7 @@ impl<const N: usize> Window<N> {
     }
 }
 
+/// Interpolates the sums at `then`.
 fn between<const N: usize>(before: &Sums<N>, after: &Sums<N>, then: Nanos) -> Sums<N> {
     let span = u128::from(after.at.saturating_sub(before.at).max(1));
     let part = u128::from(then.saturating_sub(before.at)).min(span);

@@ -1,10 +1,11 @@
 //! `Watchdog`: the evidence of whether an async runtime runs its tasks in time.
 //!
-//! Each runtime has one watchdog, shared by all of its streams. Its main task sleeps on a timer, and a turn that runs
+//! Each runtime has one watchdog, which all of its streams share. Its main task sleeps on a timer; a turn that runs
 //! late proves that the runtime was late. While a runtime is suspected to be late, or a consumer is slow, streams also
-//! ask for turns at the moments that matter to them, so that the turn is queued right beside the consumer's task. A
-//! second task serves the turns that are asked for by rows.
+//! request turns at the moments that matter to them, so that the turn is queued right beside the consumer's task. A
+//! second task runs the turns that are requested when rows arrive.
 
+mod chores;
 mod turns;
 
 use std::collections::HashMap;
@@ -16,52 +17,47 @@ use std::time::Duration;
 use tokio::runtime::{Handle, Id, RuntimeFlavor};
 use tokio::time::sleep;
 
+pub(crate) use self::chores::Chore;
+use self::chores::Chores;
 pub(crate) use self::turns::CATCH_UP;
-use self::turns::{Bell, GRACE, Log, NEVER};
+use self::turns::{GRACE, Log, TurnRequests};
 use super::clock::{Clock, Nanos};
 use crate::sync::lock;
 
-/// Something to do for a stream now and then, at times that need not be exact.
-pub(crate) trait Chore: Send + Sync {
-    /// Runs the chore; returns the time after which to run it again.
-    fn run(&self) -> Option<Duration>;
-}
-
-/// A chore and when it is due. A chore whose owner is gone is removed.
-type Due = (Nanos, Weak<dyn Chore>);
-
+/// The watchdog of a runtime.
 pub(crate) struct Watchdog {
     clock: Clock,
-    /// One thread runs all tasks, in the order in which they were woken.
+    /// Whether one thread runs all tasks, in the order in which they were woken.
     has_one_thread: bool,
-    /// A turn that has not run by then is late.
+    /// The time from which on a turn that has not run is late.
     overdue_at: AtomicU64,
-    /// The end of the latest interval in `Log::late`.
+    /// When the latest late turn ran.
     last_late: AtomicU64,
-    /// Turns asked for by consumers and turns asked for by rows: each has its own place in the run queue.
-    by_consumers: Bell,
-    by_rows: Bell,
-    /// Until then the timer is set near, because waits are long.
+    /// Turns requested by consumers. They and those requested for rows have different places in the run queue.
+    consumer_requests: TurnRequests,
+    /// Turns requested when rows arrive.
+    row_requests: TurnRequests,
+    /// The timer is set near until then, because waits are long.
     watch_until: AtomicU64,
-    /// Until then the timer is set as near as possible, because the runtime was late.
+    /// The timer is set as near as possible until then, because the runtime was late.
     alert_until: AtomicU64,
     log: Mutex<Log>,
+    /// The number of streams on the runtime.
     streams: AtomicUsize,
-    chores: Mutex<Vec<Due>>,
-    /// No chore is due before then. Changes under the lock of `chores` only.
-    next_chore: AtomicU64,
-    /// The task is gone, and with it its runtime.
+    chores: Chores,
+    /// Whether the main task was dropped, and with it its runtime.
     is_gone: AtomicBool,
 }
 
 const MS: Nanos = 1_000_000;
+const NEVER: Nanos = Nanos::MAX;
 
 impl Watchdog {
     /// A timer that is due soon costs a fast stream a few percent of its CPU, because it is passed to the kernel each
-    /// time a thread goes to sleep. So it is near only if waits are long, and nearest if the runtime was late.
-    const FAR: Nanos = 250 * MS;
-    const WATCH: Nanos = 10 * MS;
-    const ALERT: Nanos = 2 * MS;
+    /// time a thread goes to sleep. So it is set near only if waits are long, and nearest if the runtime was late.
+    const IDLE_PERIOD: Nanos = 250 * MS;
+    const WATCH_PERIOD: Nanos = 10 * MS;
+    const ALERT_PERIOD: Nanos = 2 * MS;
     /// How long a runtime that was late is suspected to be late again.
     const SUSPICION: Nanos = 250 * MS;
     /// A wait of this length is likely to be followed by others, for eight times its length and at most a second.
@@ -70,7 +66,7 @@ impl Watchdog {
     /// A delay of this length is not caused by the operating system.
     const SURELY_LATE: Nanos = 10 * MS;
 
-    /// Returns the watchdog of a runtime.
+    /// Returns the watchdog of a runtime. Starts it if the runtime has none.
     pub(crate) fn of(runtime: &Handle) -> Arc<Self> {
         static ALL: Mutex<Option<HashMap<Id, Weak<Watchdog>>>> = Mutex::new(None);
         let mut all = lock(&ALL);
@@ -84,26 +80,26 @@ impl Watchdog {
         let has_one_thread = runtime.runtime_flavor() == RuntimeFlavor::CurrentThread;
         let watchdog = Arc::new(Self::new(Clock::start(), has_one_thread));
         all.insert(runtime.id(), Arc::downgrade(&watchdog));
-        runtime.spawn(Task(Arc::clone(&watchdog)).run());
-        let answering = Arc::clone(&watchdog);
-        runtime.spawn(async move { answering.answer_rows().await });
+        runtime.spawn(MainTask(Arc::clone(&watchdog)).run());
+        let row_task = Arc::clone(&watchdog);
+        runtime.spawn(async move { row_task.serve_row_requests().await });
         watchdog
     }
 
+    /// Creates a watchdog without its tasks.
     pub(crate) fn new(clock: Clock, has_one_thread: bool) -> Self {
         Self {
             clock,
             has_one_thread,
             overdue_at: AtomicU64::new(NEVER),
             last_late: AtomicU64::new(0),
-            by_consumers: Bell::default(),
-            by_rows: Bell::default(),
+            consumer_requests: TurnRequests::default(),
+            row_requests: TurnRequests::default(),
             watch_until: AtomicU64::new(0),
             alert_until: AtomicU64::new(0),
             log: Mutex::default(),
             streams: AtomicUsize::new(0),
-            chores: Mutex::default(),
-            next_chore: AtomicU64::new(NEVER),
+            chores: Chores::new(),
             is_gone: AtomicBool::new(false),
         }
     }
@@ -112,32 +108,34 @@ impl Watchdog {
         &self.clock
     }
 
+    /// Returns whether the runtime is gone.
     pub(crate) fn is_gone(&self) -> bool {
         self.is_gone.load(Ordering::Relaxed)
     }
 
-    /// A stream begins; its first waits may be long.
+    /// Records that a stream begins. Its first waits may be long.
     pub(crate) fn stream_begins(&self) {
         self.streams.fetch_add(1, Ordering::Relaxed);
-        if let Some(now) = self.watch(2 * Self::WATCH) {
+        if let Some(now) = self.watch(2 * Self::WATCH_PERIOD) {
             // The turn that sets the timer is due at once: if it does not run, the runtime is late already.
             let mut log = lock(&self.log);
-            self.set_due(&mut log, now, Self::ALERT);
+            self.set_due(&mut log, now, Self::ALERT_PERIOD);
         }
     }
 
+    /// Records that a stream ends.
     pub(crate) fn stream_ends(&self) {
         self.streams.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// A stream waited for `waited`.
+    /// Records that a stream waited for `waited`.
     pub(crate) fn record_wait(&self, waited: Nanos) {
         if waited >= Self::LONG_WAIT {
             let _ = self.watch(waited.saturating_mul(8).min(Self::LONGEST_WATCH));
         }
     }
 
-    /// Keeps the timer near for a while; returns the current time if the task had to be woken for that.
+    /// Keeps the timer near for `span`. Returns the current time if the main task had to be woken for that.
     fn watch(&self, span: Nanos) -> Option<Nanos> {
         let now = self.clock.now();
         let until = self.watch_until.load(Ordering::Relaxed);
@@ -145,35 +143,35 @@ impl Watchdog {
         let wakes =
             until < now + span / 2 && self.watch_until.fetch_max(now + span, Ordering::Relaxed) <= now;
         wakes.then(|| {
-            self.by_consumers.wake.notify_one();
+            self.consumer_requests.notify.notify_one();
             now
         })
     }
 
     fn set_due(&self, log: &mut Log, now: Nanos, period: Nanos) {
         log.due = now.saturating_add(period);
-        log.late_from = now.max(log.due.saturating_sub(Self::ALERT));
+        log.late_from = now.max(log.due.saturating_sub(Self::ALERT_PERIOD));
         self.overdue_at.store(log.due.saturating_add(GRACE), Ordering::Relaxed);
     }
 
-    /// Adds a chore that is first due in `Self::WATCH`.
+    /// Adds a chore that is first due in `Self::WATCH_PERIOD`.
     pub(crate) fn add_chore(&self, chore: Weak<dyn Chore>) {
-        self.push_chore(self.clock.now() + Self::WATCH, chore);
+        self.chores.push(self.clock.now() + Self::WATCH_PERIOD, chore);
     }
 
-    /// Whether the runtime was late a moment ago.
+    /// Returns whether the runtime was late a moment ago.
     pub(crate) fn is_alert(&self, now: Nanos) -> bool {
         now < self.alert_until.load(Ordering::Relaxed)
     }
 
-    /// Asks for a turn, which is queued behind a consumer that runs now.
-    pub(crate) fn ask(&self, now: Nanos) {
-        self.by_consumers.ring(now);
+    /// Requests a turn that is queued behind the consumer that runs now.
+    pub(crate) fn request_turn(&self, now: Nanos) {
+        self.consumer_requests.request(now);
     }
 
-    /// Asks for a turn, which is queued just before a consumer that is woken next.
-    pub(crate) fn ask_for_rows(&self, now: Nanos) {
-        self.by_rows.ring(now);
+    /// Requests a turn that is queued just before a consumer that is woken next.
+    pub(crate) fn request_turn_for_rows(&self, now: Nanos) {
+        self.row_requests.request(now);
     }
 
     /// Returns for how long the runtime is known to have been late between two moments.
@@ -184,7 +182,7 @@ impl Watchdog {
         lock(&self.log).late_between(from, to)
     }
 
-    /// Returns for how long the runtime was late without interruption up to the end of an interval.
+    /// Returns for how long the runtime was late without interruption at the end of the interval from `from` to `to`.
     pub(crate) fn late_up_to(&self, from: Nanos, to: Nanos) -> Nanos {
         if to <= self.overdue_at.load(Ordering::Relaxed) && self.last_late.load(Ordering::Relaxed) <= from {
             return 0;
@@ -192,12 +190,12 @@ impl Watchdog {
         lock(&self.log).late_up_to(from, to)
     }
 
-    /// Whether one thread runs all tasks, in the order in which they were woken.
+    /// Returns whether one thread runs all tasks, in the order in which they were woken.
     pub(crate) fn has_one_thread(&self) -> bool {
         self.has_one_thread
     }
 
-    /// Returns since when a turn is overdue, if one is at `now`.
+    /// Returns the moment from which the runtime counts as late, if a turn is overdue at `now`.
     pub(crate) fn overdue_since(&self, now: Nanos) -> Option<Nanos> {
         if now <= self.overdue_at.load(Ordering::Relaxed) {
             return None;
@@ -208,20 +206,20 @@ impl Watchdog {
 
     /// Returns when the first turn after `moment` ran.
     pub(crate) fn first_turn_after(&self, moment: Nanos) -> Option<Nanos> {
-        // If nobody asked for that turn, it was the last one.
+        // A turn that was not requested is not listed. In that case it was the last one.
         let last = Some(lock(&self.log).last_turn).filter(|ran| *ran > moment);
-        self.by_consumers.first_turn(|turn| turn.ran > moment).or(last)
+        self.consumer_requests.first_turn(|turn| turn.ran > moment).or(last)
     }
 
-    /// Returns when the first of the turns ran that rows asked for at `moment` or later.
+    /// Returns when the first turn ran that was requested for rows at `moment` or later.
     pub(crate) fn first_turn_for_rows(&self, moment: Nanos) -> Option<Nanos> {
-        self.by_rows.first_turn(|turn| turn.queued >= moment)
+        self.row_requests.first_turn(|turn| turn.queued >= moment)
     }
 
-    /// Records a turn of the task; returns when the next is due, or `NEVER` if there is no stream to watch.
-    fn turn(&self, now: Nanos) -> Nanos {
+    /// Records a turn of the main task. Returns when the next is due, or `NEVER` if there is no stream to watch.
+    fn record_turn(&self, now: Nanos) -> Nanos {
         let mut log = lock(&self.log);
-        if log.is_late(now) {
+        if log.is_overdue(now) {
             // One late turn may be caused by the operating system; from the second on the runtime is suspect.
             let watched_until = self.watch_until.fetch_max(now + Self::SUSPICION, Ordering::Relaxed);
             if now < watched_until || now - log.due >= Self::SURELY_LATE {
@@ -232,7 +230,7 @@ impl Watchdog {
         }
         log.last_turn = now;
         let period = self.period(now);
-        let is_idle = period == Self::FAR && self.streams.load(Ordering::Relaxed) == 0;
+        let is_idle = period == Self::IDLE_PERIOD && self.streams.load(Ordering::Relaxed) == 0;
         self.set_due(&mut log, now, if is_idle { NEVER } else { period });
         log.due
     }
@@ -241,108 +239,30 @@ impl Watchdog {
     #[cfg(test)]
     pub(crate) fn turn_now(&self) {
         let now = self.clock.now();
-        self.by_consumers.answer(now);
-        self.by_rows.answer(now);
-        self.turn(now);
+        self.consumer_requests.serve(now);
+        self.row_requests.serve(now);
+        self.record_turn(now);
     }
 
     fn period(&self, now: Nanos) -> Nanos {
         if self.is_alert(now) {
-            Self::ALERT
+            Self::ALERT_PERIOD
         } else if now < self.watch_until.load(Ordering::Relaxed) {
-            Self::WATCH
+            Self::WATCH_PERIOD
         } else {
-            Self::FAR
+            Self::IDLE_PERIOD
         }
     }
 
-    fn push_chore(&self, due: Nanos, chore: Weak<dyn Chore>) {
-        let mut chores = lock(&self.chores);
-        chores.push((due, chore));
-        self.next_chore.fetch_min(due, Ordering::Relaxed);
-    }
-
-    fn do_chores(&self, now: Nanos) {
-        if now < self.next_chore.load(Ordering::Relaxed) {
-            return;
-        }
-        let mut chores = lock(&self.chores);
-        let all = std::mem::take(&mut *chores);
-        self.next_chore.store(NEVER, Ordering::Relaxed);
-        drop(chores);
-        let (due, later): (Vec<_>, Vec<_>) =
-            all.into_iter().filter(|(_, chore)| chore.strong_count() > 0).partition(|(due, _)| *due <= now);
-        for (due, chore) in later {
-            self.push_chore(due, chore);
-        }
-        for (_, chore) in due {
-            if let Some(after) = chore.upgrade().and_then(|chore| chore.run()) {
-                let after = u64::try_from(after.as_nanos()).unwrap_or(NEVER);
-                self.push_chore(now.saturating_add(after), chore);
-            }
-        }
-    }
-}
-
-/// The main task, which runs on the watched runtime.
-struct Task(Arc<Watchdog>);
-
-impl Task {
-    async fn run(self) {
-        let watchdog = &self.0;
-        let bell = &watchdog.by_consumers;
+    /// Runs the turns that are requested for rows. This is a second task, so that they do not wait for the turns of
+    /// consumers.
+    async fn serve_row_requests(&self) {
         loop {
-            let now = watchdog.clock.now();
-            let again = bell.answer(now);
-            let due = watchdog.turn(now);
-            watchdog.do_chores(now);
-            if again {
-                to_the_end_of_the_run_queue().await;
-            } else if due == NEVER {
-                bell.wake.notified().await;
-            } else {
-                let left = Duration::from_nanos(due.saturating_sub(now));
-                tokio::select! {
-                    () = sleep(left) => {}
-                    () = bell.wake.notified() => {}
-                }
+            self.row_requests.notify.notified().await;
+            while self.row_requests.serve(self.clock.now()) {
+                move_to_back_of_run_queue().await;
             }
         }
-    }
-}
-
-impl Watchdog {
-    /// Serves the turns that rows ask for, in a second task, so that they do not wait for those of consumers.
-    async fn answer_rows(&self) {
-        loop {
-            self.by_rows.wake.notified().await;
-            while self.by_rows.answer(self.clock.now()) {
-                to_the_end_of_the_run_queue().await;
-            }
-        }
-    }
-}
-
-/// Yields to the end of the run queue. Unlike tokio's `yield_now`, it does not wait until the runtime has polled its
-/// timers and sockets.
-async fn to_the_end_of_the_run_queue() {
-    let mut is_queued = false;
-    std::future::poll_fn(|cx| {
-        if std::mem::replace(&mut is_queued, true) {
-            return Poll::Ready(());
-        }
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
-}
-
-impl Drop for Task {
-    fn drop(&mut self) {
-        self.0.is_gone.store(true, Ordering::Relaxed);
-        // A runtime that is gone cannot be late.
-        lock(&self.0.log).due = NEVER;
-        self.0.overdue_at.store(NEVER, Ordering::Relaxed);
     }
 }
 
@@ -352,49 +272,52 @@ impl std::fmt::Debug for Watchdog {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// The main task, which runs on the watched runtime.
+struct MainTask(Arc<Watchdog>);
 
-    /// Counts its runs.
-    #[derive(Default)]
-    struct Count(AtomicUsize);
-
-    impl Chore for Count {
-        fn run(&self) -> Option<Duration> {
-            self.0.fetch_add(1, Ordering::Relaxed);
-            None
+impl MainTask {
+    async fn run(self) {
+        let watchdog = &self.0;
+        let requests = &watchdog.consumer_requests;
+        loop {
+            let now = watchdog.clock.now();
+            let is_requested_again = requests.serve(now);
+            let due = watchdog.record_turn(now);
+            watchdog.chores.run_due(now);
+            if is_requested_again {
+                move_to_back_of_run_queue().await;
+            } else if due == NEVER {
+                requests.notify.notified().await;
+            } else {
+                let left = Duration::from_nanos(due.saturating_sub(now));
+                tokio::select! {
+                    () = sleep(left) => {}
+                    () = requests.notify.notified() => {}
+                }
+            }
         }
     }
+}
 
-    #[test]
-    fn a_chore_that_is_added_while_others_are_done_is_not_forgotten() {
-        const ROUNDS: usize = 20_000;
-        let watchdog = Watchdog::new(Clock::start(), false);
-        let count = Arc::new(Count::default());
-        let chore: Weak<dyn Chore> = Arc::<Count>::downgrade(&count);
-        let done = || count.0.load(Ordering::Relaxed);
-        let start = std::time::Instant::now();
-        let wait_for = |runs| {
-            while done() < runs && start.elapsed() < Duration::from_secs(20) {
-                std::thread::yield_now();
-            }
-        };
-        // Two that add one each, and wait until both are done.
-        let add = || {
-            for round in 1..=ROUNDS {
-                watchdog.push_chore(1, Weak::clone(&chore));
-                wait_for(2 * round);
-            }
-        };
-        std::thread::scope(|scope| {
-            scope.spawn(add);
-            scope.spawn(add);
-            while done() < 2 * ROUNDS && start.elapsed() < Duration::from_secs(20) {
-                watchdog.do_chores(1);
-                std::thread::yield_now();
-            }
-        });
-        assert_eq!(done(), 2 * ROUNDS);
+impl Drop for MainTask {
+    fn drop(&mut self) {
+        self.0.is_gone.store(true, Ordering::Relaxed);
+        // A runtime that is gone cannot be late.
+        lock(&self.0.log).due = NEVER;
+        self.0.overdue_at.store(NEVER, Ordering::Relaxed);
     }
+}
+
+/// Yields the thread until all tasks that are queued now have run. Unlike tokio's `yield_now`, this does not wait until
+/// the runtime has polled its timers and sockets.
+async fn move_to_back_of_run_queue() {
+    let mut is_queued = false;
+    std::future::poll_fn(|cx| {
+        if std::mem::replace(&mut is_queued, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
