@@ -1,4 +1,4 @@
-//! `Observer`: reads the statistics of a stream from elsewhere.
+//! `Observer`: reads the statistics of a stream from outside of it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -11,25 +11,30 @@ use super::ledger::{ConsumerState, ProducerState, Times};
 use super::stats::{ProducerTime, Stats, StreamTime};
 use super::verdict::Shares;
 
-/// Rows by what became of them. One writer, the stream; read by all.
+/// Counts of rows by what became of them. Written by the stream alone; read by every observer.
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
     pub(crate) yielded: AtomicU64,
     pub(crate) filtered: AtomicU64,
     pub(crate) failed: AtomicU64,
-    /// When a row was last seen to be given out, in nanoseconds of the stream's life.
+    /// When rows were last seen to be taken or returned, in nanoseconds since the stream was started. Not updated for
+    /// every row.
     pub(crate) last_row: AtomicU64,
 }
 
 impl Progress {
-    /// Adds one without the cost of an atomic addition: the stream alone writes.
+    /// Adds one, without the cost of an atomic addition: the stream is the only writer.
     pub(crate) fn count(counter: &AtomicU64) {
         counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
     }
 }
 
-/// Looks at a stream from elsewhere: another task, a status page, a health check. Cheap to clone; it
-/// keeps working, and stands still, after the stream has ended.
+/// A handle that reads the statistics of a stream from another place: a task, a status page, a health check.
+///
+/// It is cheap to clone and does not keep the stream alive. After the stream has ended or was dropped, the observer
+/// keeps returning the final statistics.
+///
+/// # Examples
 ///
 /// ```no_run
 /// # async fn example(stream: fraiseql_stream::JsonStream<serde_json::Value>) {
@@ -50,7 +55,16 @@ pub struct Observer {
 }
 
 impl Observer {
-    /// The stream's statistics now.
+    /// Returns the stream's statistics at this moment. It neither waits for the stream nor slows it down.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn example(observer: fraiseql_stream::Observer) {
+    /// let stats = observer.stats();
+    /// println!("{} of {} rows wait in the channel", stats.buffered_rows, stats.row_limit);
+    /// # }
+    /// ```
     pub fn stats(&self) -> Stats {
         let gauge = &self.gauge;
         let times = gauge.ledger.read();
@@ -78,7 +92,18 @@ impl Observer {
         }
     }
 
-    /// Whether the stream is over: its end was reached, or it was dropped.
+    /// Returns whether the stream has ended: its end, or an error that ended it, was returned, or it was dropped.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn example(stream: fraiseql_stream::JsonStream<serde_json::Value>) {
+    /// let observer = stream.observer();
+    /// assert!(!observer.is_ended());
+    /// drop(stream);
+    /// assert!(observer.is_ended());
+    /// # }
+    /// ```
     pub fn is_ended(&self) -> bool {
         self.gauge.ledger.is_ended()
     }
@@ -90,20 +115,21 @@ impl fmt::Debug for Observer {
     }
 }
 
+/// Returns the times of the consumer between `then` and `now`.
 fn since(now: &Times, then: [Nanos; 5]) -> Times {
     Times { consumer: std::array::from_fn(|i| now.consumer[i].saturating_sub(then[i])), ..*now }
 }
 
 #[cfg(test)]
 impl Observer {
-    /// Observes a stream whose clock the test moves by hand.
+    /// Returns the observer of a stream whose clock shows the value of the returned atomic.
     pub(crate) fn manual(entity: &str) -> (Self, Arc<AtomicU64>) {
         use super::{clock, ledger::Ledger, watchdog::Watchdog};
 
-        let (clock, hand) = clock::manual();
+        let (clock, now) = clock::manual();
         let watchdog = Arc::new(Watchdog::new(clock.clone(), false));
         let gauge = Arc::new(Gauge::new(256, 1 << 20, Ledger::new(clock, watchdog)));
-        (Self { entity: entity.into(), gauge, progress: Arc::default() }, hand)
+        (Self { entity: entity.into(), gauge, progress: Arc::default() }, now)
     }
 }
 
@@ -112,7 +138,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn statistics_are_one_line_whatever_the_name_of_the_entity() {
+    fn stats_are_one_line_even_if_the_entity_has_a_line_break() {
         let (observer, _) = Observer::manual("a\nb");
         assert!(observer.stats().to_string().starts_with("a\\nb: 0 rows"), "{}", observer.stats());
     }

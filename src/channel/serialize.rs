@@ -1,20 +1,21 @@
-//! `Serialize` for statistics: durations in seconds, verdicts by their names in metrics.
+//! `Serialize` for statistics: durations in seconds, verdicts under the names that metrics use.
 
 use serde::ser::{Serialize, SerializeStruct as _, Serializer};
 
 use super::stats::{ProducerTime, Stats, StreamTime};
 use super::verdict::{Shares, Verdict};
 
-/// Serializes as a map. Durations are in seconds; shares are from 0 to 1; `verdict` and `recent_verdict` are the
-/// verdicts of `shares` and `recent_shares`.
+/// Serializes as a map. Durations are in seconds, and shares are between 0 and 1. `verdict` and `recent_verdict` are
+/// the verdicts on `shares` and `recent_shares`, under the names of [`Verdict::as_str`].
 ///
 /// # Examples
 ///
 /// ```no_run
 /// # fn example(orders: fraiseql_stream::JsonStream<serde_json::Value>) {
-/// let stats = serde_json::to_value(orders.stats()).unwrap();
-/// assert!(stats["time"]["source_wait"].is_number());
-/// assert_eq!(stats["verdict"], "consumer_bound");
+/// let stats = orders.stats();
+/// let json = serde_json::to_value(&stats).unwrap();
+/// assert_eq!(json["time"]["source_wait"], stats.time.source_wait.as_secs_f64());
+/// assert_eq!(json["verdict"], stats.verdict().as_str());
 /// # }
 /// ```
 impl Serialize for Stats {
@@ -42,6 +43,7 @@ impl Serialize for Stats {
     }
 }
 
+/// Serializes as a map of durations in seconds.
 impl Serialize for StreamTime {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_struct("StreamTime", 5)?;
@@ -54,6 +56,7 @@ impl Serialize for StreamTime {
     }
 }
 
+/// Serializes as a map of durations in seconds.
 impl Serialize for ProducerTime {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_struct("ProducerTime", 2)?;
@@ -63,6 +66,18 @@ impl Serialize for ProducerTime {
     }
 }
 
+/// Serializes as a map of numbers between 0 and 1.
+///
+/// # Examples
+///
+/// ```
+/// use fraiseql_stream::Shares;
+///
+/// let mut shares = Shares::default();
+/// (shares.backlog, shares.overlap) = (0.75, 0.25);
+/// let json = serde_json::to_value(shares).unwrap();
+/// assert_eq!(json, serde_json::json!({ "backlog": 0.75, "source_wait": 0.0, "scheduled": 0.0, "overlap": 0.25 }));
+/// ```
 impl Serialize for Shares {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_struct("Shares", 4)?;
@@ -74,6 +89,15 @@ impl Serialize for Shares {
     }
 }
 
+/// Serializes as the string that [`Verdict::as_str`] returns.
+///
+/// # Examples
+///
+/// ```
+/// use fraiseql_stream::Verdict;
+///
+/// assert_eq!(serde_json::to_value(Verdict::SourceBound).unwrap(), "source_bound");
+/// ```
 impl Serialize for Verdict {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(self.as_str())
@@ -85,9 +109,9 @@ mod tests {
     use crate::Observer;
 
     #[test]
-    fn stats_serialize_with_times_in_seconds_and_a_verdict() {
-        let (observer, hand) = Observer::manual("orders");
-        hand.store(1_500_000_000, std::sync::atomic::Ordering::Relaxed);
+    fn stats_serialize_with_times_in_seconds_and_the_verdict() {
+        let (observer, now) = Observer::manual("orders");
+        now.store(1_500_000_000, std::sync::atomic::Ordering::Relaxed);
         let json = serde_json::to_value(observer.stats()).unwrap();
         assert_eq!(json["entity"], "orders");
         assert_eq!(json["elapsed_seconds"], 1.5);

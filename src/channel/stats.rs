@@ -8,98 +8,158 @@ use super::format::{Bytes, Grouped, OneLine, Percent, Seconds};
 use super::ledger::{ConsumerState, Times};
 use super::verdict::{Shares, Verdict};
 
-/// The consumer's half of a stream's life, cut into states that add up to [`Stats::elapsed`].
+/// Where the consumer's time went. The five states add up to [`Stats::elapsed`].
+///
+/// # Examples
+///
+/// ```no_run
+/// # fn example(stream: fraiseql_stream::JsonStream<serde_json::Value>) {
+/// let stats = stream.stats();
+/// let time = stats.time;
+/// let sum = time.source_wait + time.scheduled + time.decode + time.consumer + time.paused;
+/// assert_eq!(sum, stats.elapsed);
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StreamTime {
-    /// Polled, and nothing was there.
+    /// Your code polled the stream and waited for rows.
     pub source_wait: Duration,
     /// Your code was ready to run, but the async runtime was late to run it.
     pub scheduled: Duration,
-    /// Turning JSON into `T`. Sampled; what it gains here it loses in `consumer`.
+    /// JSON was deserialized into `T`. Estimated from samples; the sum of `decode` and `consumer` is exact.
     pub decode: Duration,
-    /// Your code held the rows.
+    /// Your code was busy: it held rows, did something else while rows waited, or had not polled the stream yet.
     pub consumer: Duration,
-    /// Between [`pause`](crate::JsonStream::pause) and the next poll.
+    /// The stream was paused, from [`pause`](crate::JsonStream::pause) to [`resume`](crate::JsonStream::resume) or the
+    /// next poll.
     pub paused: Duration,
 }
 
-/// The producer's half, cut into states that add up to the time from the query's start to its last row.
+/// Where the producer's time went. The two states add up to the time from the start of the query to its last row, or
+/// to the end of the stream if that is earlier.
+///
+/// # Examples
+///
+/// ```no_run
+/// # fn example(stream: fraiseql_stream::JsonStream<serde_json::Value>) {
+/// let time = stream.stats().producer_time;
+/// println!("Postgres was held back for {:?} of {:?}", time.room, time.source + time.room);
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ProducerTime {
-    /// Waiting for Postgres or reading from it.
+    /// Waited for Postgres or read rows from it.
     pub source: Duration,
-    /// Waiting for room in the channel: so long was Postgres held back.
+    /// Waited for room in the channel. During this time Postgres was held back.
     pub room: Duration,
 }
 
-/// A stream's statistics at one moment. Taking them neither waits nor disturbs the stream.
+/// The statistics of a stream at one moment, as returned by [`JsonStream::stats`](crate::JsonStream::stats) and
+/// [`Observer::stats`](crate::Observer::stats).
+///
+/// `Display` writes them on one line, for a log. With the feature `serde`, they can be serialized.
+///
+/// # Examples
 ///
 /// ```no_run
-/// # async fn example(stream: fraiseql_stream::JsonStream<serde_json::Value>) {
+/// # fn example(stream: fraiseql_stream::JsonStream<serde_json::Value>) {
 /// let stats = stream.stats();
 /// println!("{stats}"); // orders: 214,332 rows, 61.0 MB in 12.4 s; consumer-bound 81 % (...)
-/// println!("{} rows wait, {:?}", stats.buffered_rows, stats.verdict());
+/// println!("{} rows wait, {}", stats.buffered_rows, stats.verdict());
 /// # }
 /// ```
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Stats {
-    /// The relation, as it was given to `query`.
+    /// The name of the relation, as passed to [`Connection::query`](crate::Connection::query).
     pub entity: Arc<str>,
-    /// The stream's life so far; it stands still once the stream has ended.
+    /// The lifetime of the stream so far, pauses included. It no longer grows once the stream has ended.
     pub elapsed: Duration,
-    /// Rows given to your code.
+    /// Rows returned to your code.
     pub rows: u64,
-    /// Rows that `where_rust` kept back.
+    /// Rows that [`where_rust`](crate::Query::where_rust) rejected.
     pub filtered: u64,
-    /// Rows that did not decode.
+    /// Rows that did not deserialize into `T`. Each was returned as an error.
     pub failed: u64,
-    /// Payload bytes received.
+    /// Payload bytes received from Postgres: the JSON text of the rows.
     pub bytes: u64,
-    /// Rows that wait in the channel now.
+    /// Rows that wait in the channel at this moment. Rows of a chunk that was taken already are not included.
     pub buffered_rows: usize,
-    /// Payload bytes that wait in the channel now.
+    /// Payload bytes that wait in the channel at this moment.
     pub buffered_bytes: usize,
-    /// The most payload bytes that ever waited at once.
+    /// The highest value that `buffered_bytes` has had.
     pub peak_bytes: usize,
-    /// The most rows that may wait.
+    /// The maximum number of rows in the channel: 256, or [`chunk_size`](crate::Query::chunk_size) if that is larger.
     pub row_limit: usize,
-    /// The most payload bytes that may wait (`max_memory`).
+    /// The maximum number of payload bytes in the channel, as set by [`max_memory`](crate::Query::max_memory). A single
+    /// larger row passes alone.
     pub byte_limit: usize,
     /// Where the consumer's time went.
     pub time: StreamTime,
     /// Where the producer's time went.
     pub producer_time: ProducerTime,
-    /// The time in which the consumer was busy while rows, or the end, waited for it.
+    /// How long the consumer was busy while rows, or the end of the stream, waited for it.
     pub backlog: Duration,
     pub(super) shares: Shares,
     pub(super) recent: Shares,
 }
 
 impl Stats {
-    /// Who set the pace since the stream began.
+    /// Returns the side that has set the pace since the stream was started. It is `Balanced` as long as no time was
+    /// counted.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn example(stream: fraiseql_stream::JsonStream<serde_json::Value>) {
+    /// use fraiseql_stream::Verdict;
+    ///
+    /// if stream.stats().verdict() == Verdict::ConsumerBound {
+    ///     println!("Postgres waits for this service");
+    /// }
+    /// # }
+    /// ```
     pub fn verdict(&self) -> Verdict {
         self.shares.verdict()
     }
 
-    /// The shares behind [`verdict`](Self::verdict).
+    /// Returns the shares on which [`verdict`](Self::verdict) is based.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn example(stream: fraiseql_stream::JsonStream<serde_json::Value>) {
+    /// let stats = stream.stats();
+    /// println!("{} with a share of {:.0} %", stats.verdict(), stats.shares().dominant() * 100.0);
+    /// # }
+    /// ```
     pub fn shares(&self) -> Shares {
         self.shares
     }
 
-    /// The shares of the last ten seconds of the stream's life; `recent().verdict()` is who sets the pace now.
+    /// Returns the shares of the last ten seconds of the stream's lifetime. `recent().verdict()` is the side that sets
+    /// the pace now.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn example(stream: fraiseql_stream::JsonStream<serde_json::Value>) {
+    /// let stats = stream.stats();
+    /// println!("{} since the start, {} now", stats.verdict(), stats.recent().verdict());
+    /// # }
+    /// ```
     pub fn recent(&self) -> Shares {
         self.recent
     }
 
-    /// How far the stream got, as in `after 1,234 rows in 5.0 s`.
+    /// Returns how far the stream got, as in `after 1,234 rows in 5.0 s`.
     pub(crate) fn progress(&self) -> String {
         format!("after {} rows in {}", Grouped(self.rows), Seconds(self.elapsed))
     }
 
-    /// [`progress`](Self::progress) and which side set the pace.
+    /// Returns [`progress`](Self::progress) and the side that set the pace.
     pub(crate) fn summary(&self) -> String {
         format!("{}; {}{}", self.progress(), self.shares.summary(), self.verdict().advice())
     }
@@ -107,8 +167,8 @@ impl Stats {
 
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let whole = self.elapsed.as_secs_f64().max(f64::MIN_POSITIVE);
-        let part = |time: Duration| Percent(time.as_secs_f64() / whole);
+        let elapsed = self.elapsed.as_secs_f64().max(f64::MIN_POSITIVE);
+        let share = |time: Duration| Percent(time.as_secs_f64() / elapsed);
         write!(
             OneLine(f),
             "{}: {} rows, {} in {}; {} (your code {}, decoding {}), peak {} of {}",
@@ -117,8 +177,8 @@ impl fmt::Display for Stats {
             Bytes(self.bytes),
             Seconds(self.elapsed),
             self.shares.summary(),
-            part(self.time.consumer),
-            part(self.time.decode),
+            share(self.time.consumer),
+            share(self.time.decode),
             Bytes(self.peak_bytes as u64),
             Bytes(self.byte_limit as u64),
         )
@@ -127,12 +187,12 @@ impl fmt::Display for Stats {
 
 impl StreamTime {
     pub(super) fn of(times: &Times) -> Self {
-        let held = times.of(ConsumerState::Overlap) + times.of(ConsumerState::Backlog);
+        let busy = times.of(ConsumerState::Overlap) + times.of(ConsumerState::Backlog);
         Self {
             source_wait: Duration::from_nanos(times.of(ConsumerState::SourceWait)),
             scheduled: Duration::from_nanos(times.of(ConsumerState::Scheduled)),
             decode: Duration::from_nanos(times.decode),
-            consumer: Duration::from_nanos(held - times.decode),
+            consumer: Duration::from_nanos(busy - times.decode),
             paused: Duration::from_nanos(times.of(ConsumerState::Paused)),
         }
     }

@@ -1,76 +1,86 @@
-//! `Verdict`: the rule that turns shares of time into the side that sets the pace.
+//! `Verdict`: the rule that derives from shares of time the side that sets the pace.
 
 use std::fmt;
 
 use super::format::Percent;
 use super::ledger::{ConsumerState, Times};
 
-/// Which side sets the pace of a stream.
+/// The side that sets the pace of a stream.
 ///
-/// It names a side, not a fault: a stream that runs as fast as your disk writes is `ConsumerBound`, and healthy.
-/// The [`Shares`] say how much it matters: a share of up to 10 % can be ignored, up to 50 % costs something, and
-/// above 50 % that side decides how fast the stream is.
+/// A verdict names a side, not a fault: a stream that runs as fast as your disk writes is `ConsumerBound`, and
+/// healthy. The [`Shares`] show how much it matters: a share of up to 10 % can be ignored, a share of up to 50 % costs
+/// something, and above 50 % that side determines how fast the stream is.
 ///
 /// # How it is found
 ///
-/// Every moment of a stream's life, pauses excepted, counts towards one of four shares:
+/// Every moment of a stream's lifetime, except for pauses, counts towards one of four shares:
 ///
-/// | share | your code | the channel | if it dominates |
+/// | share | your code | the channel | verdict if it dominates |
 /// |---|---|---|---|
 /// | backlog | is busy | holds rows, or the end of the stream | [`ConsumerBound`](Self::ConsumerBound) |
 /// | source wait | waits for a row | is empty | [`SourceBound`](Self::SourceBound) |
 /// | scheduled | is ready to run, but the async runtime is late to run it | | [`RuntimeBound`](Self::RuntimeBound) |
-/// | overlap | is busy | is empty: nobody waits | |
+/// | overlap | is busy | is empty: neither side waits | |
 ///
-/// One of the first three dominates if it is above 10 % and at least twice as large as the next. If none
-/// dominates, the verdict is [`Mixed`](Self::Mixed) if the three add up to more than 50 %, and
+/// One of the first three shares dominates if it is above 10 % and at least twice as large as the next largest of
+/// them. If none dominates, the verdict is [`Mixed`](Self::Mixed) if the three add up to more than 50 %, and
 /// [`Balanced`](Self::Balanced) otherwise.
 ///
-/// When rows arrive, the task that waits for them is woken. If it takes them within 0.5 ms, that still counts as
-/// waiting for the source. If it takes longer, one of two things happened:
+/// When rows arrive, the task that waits for them is woken. If it takes them within 0.5 ms, this time still counts as
+/// source wait. If it takes longer, there are two possible causes:
 ///
-/// - **The runtime was late.** This takes evidence: a task that does nothing but check the runtime ran late as
-///   well. Only the delay that the evidence covers counts as scheduled. A late runtime cannot read rows from the
-///   socket either, so the end of a wait for rows counts as scheduled as far as the runtime was late.
-/// - **Your task was busy with something else**: another branch of a `select!`, another future of a `join!`, the
-///   previous batch. All delay without evidence against the runtime counts as backlog.
+/// - **The runtime was late.** This requires evidence: a task that only checks the runtime ran late as well. Only the
+///   part of the delay that the evidence covers counts as scheduled. A late runtime cannot read rows from the socket
+///   either. If it was late at the end of a wait for rows, that part of the wait counts as scheduled too.
+/// - **Your task was busy with something else**: another branch of a `select!`, another future of a `join!`, or the
+///   rows that it took before. All delay without evidence against the runtime counts as backlog.
 ///
-/// The 0.5 ms also decide what the histogram `fraiseql_channel_occupancy_rows` records for a poll that had to wait:
-/// 0 if the first rows were taken within that time, or else everything that was in the channel when they were taken.
+/// The 0.5 ms also determine what the histogram `fraiseql_channel_occupancy_rows` records for a poll that had to wait:
+/// 0 if the first rows were taken within that time, and otherwise all rows that were in the channel when they were
+/// taken.
 ///
 /// # What it cannot know
 ///
-/// - **Who blocks a current-thread runtime.** Code that blocks the only thread delays every task. Whether the
-///   stream's own task or another one blocks it is found out from the order in which tasks run. The first two
-///   delays in doubt count as the runtime's. The order proves nothing if something other than rows also wakes the
-///   stream's task, such as a timer in a `select!` or a second stream: `ConsumerBound` and `RuntimeBound` may be
-///   confused then. The future that is passed to `block_on` (the `main` of a current-thread runtime) has no place in
-///   that order: delays in doubt count as the runtime's. A multi-thread runtime with one worker is treated as if it had several.
-/// - **What your code awaits while it holds rows.** That time is your code's, even if a late runtime delays what
+/// - **Who blocks a current-thread runtime.** Code that blocks the only thread delays every task. The order in which
+///   tasks run shows whether the stream's own task or another one blocks the thread. The first two delays in doubt
+///   count as the runtime's. The order proves nothing if something other than rows also wakes the stream's task, such
+///   as a timer in a `select!` or a second stream; `ConsumerBound` and `RuntimeBound` may be confused then. The future
+///   that is passed to `block_on` (the `main` of a current-thread runtime) has no place in that order, so its delays in
+///   doubt count as the runtime's. A multi-thread runtime with one worker is treated as if it had several.
+/// - **What your code awaits while it holds rows.** That time counts as your code's, even if a late runtime delays what
 ///   it awaits.
-/// - **Isolated delays of the runtime.** The runtime is checked every 250 ms, every 10 ms while streams have waits
-///   of 2 ms or more, and every 2 ms while it is suspected to be late. A delay between two checks may go unnoticed:
-///   it counts as backlog if rows had arrived, and as source wait otherwise.
+/// - **Isolated delays of the runtime.** The runtime is checked every 250 ms, every 10 ms while streams have waits of
+///   2 ms or more, and every 2 ms while it is suspected to be late. A delay between two checks may go unnoticed. It
+///   counts as backlog if rows had arrived, and as source wait otherwise.
 /// - **What is behind the socket.** A slow network looks like a slow database.
 ///
 /// # Examples
 ///
 /// ```
-/// use fraiseql_stream::Verdict;
-/// assert_eq!(Verdict::ConsumerBound.as_str(), "consumer_bound");
-/// assert_eq!(Verdict::ConsumerBound.to_string(), "consumer-bound");
+/// use fraiseql_stream::{Shares, Verdict};
+///
+/// let mut shares = Shares::default();
+/// (shares.backlog, shares.source_wait, shares.overlap) = (0.6, 0.3, 0.1);
+/// assert_eq!(shares.verdict(), Verdict::ConsumerBound); // twice as large as the source wait
+/// (shares.backlog, shares.source_wait, shares.overlap) = (0.5, 0.3, 0.2);
+/// assert_eq!(shares.verdict(), Verdict::Mixed);
+/// (shares.backlog, shares.source_wait, shares.overlap) = (0.1, 0.0, 0.9);
+/// assert_eq!(shares.verdict(), Verdict::Balanced); // not above 10 %
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Verdict {
-    /// Rows wait for your code: the consumer lags.
+    /// Rows wait for your code: the consumer is slow.
     ConsumerBound,
     /// Your code waits for rows: Postgres or the network is slow.
     SourceBound,
-    /// Your code is ready and the async runtime is late to run it: something blocks its threads, or there is more
+    /// Your code is ready, but the async runtime is late to run it: something blocks its threads, or there is more
     /// work than they can do.
     RuntimeBound,
-    /// Somebody waits for more than half of the time, and no side dominates; the shares say who.
+    /// No side dominates, and backlog, source wait and scheduled add up to more than 50 %. The [`Shares`] show how much
+    /// each side contributes.
+    ///
+    /// # Examples
     ///
     /// ```
     /// use fraiseql_stream::{Shares, Verdict};
@@ -80,13 +90,23 @@ pub enum Verdict {
     /// assert_eq!(shares.verdict(), Verdict::Mixed);
     /// ```
     Mixed,
-    /// No side dominates, and nobody waits for more than half of the time.
+    /// No side dominates, and backlog, source wait and scheduled add up to at most 50 %: for at least half of the time
+    /// neither side waits.
     Balanced,
 }
 
 impl Verdict {
     /// Returns the name used in metrics, spans and JSON: `consumer_bound`, `source_bound`, `runtime_bound`, `mixed`
-    /// or `balanced`.
+    /// or `balanced`. `Display` writes the same names with a hyphen, for people.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use fraiseql_stream::Verdict;
+    ///
+    /// assert_eq!(Verdict::ConsumerBound.as_str(), "consumer_bound");
+    /// assert_eq!(Verdict::ConsumerBound.to_string(), "consumer-bound");
+    /// ```
     pub fn as_str(self) -> &'static str {
         match self {
             Self::ConsumerBound => "consumer_bound",
@@ -97,6 +117,7 @@ impl Verdict {
         }
     }
 
+    /// Returns the end of an error message that explains the verdict. Empty if no side dominates.
     pub(super) fn advice(self) -> &'static str {
         match self {
             Self::ConsumerBound => ": Postgres waited for your code, not the other way round",
@@ -119,8 +140,12 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// Shares of a stream's time, 0 to 1, by who waited for whom. They add up to 1; time in
-/// [`pause`](crate::JsonStream::pause) does not count.
+/// Shares of a stream's time, each between 0 and 1, by which side waited for which.
+///
+/// They add up to 1, or are all 0 as long as no time was counted. Time in [`pause`](crate::JsonStream::pause) is not
+/// counted.
+///
+/// # Examples
 ///
 /// ```
 /// use fraiseql_stream::{Shares, Verdict};
@@ -132,39 +157,50 @@ impl fmt::Display for Verdict {
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Shares {
-    /// The consumer was busy while more rows, or the end, waited in the channel.
+    /// The consumer was busy while rows, or the end of the stream, waited in the channel.
     pub backlog: f64,
-    /// The consumer waited and the channel was empty.
+    /// The consumer waited for rows and the channel was empty.
     pub source_wait: f64,
     /// The consumer was ready to run, but the async runtime was late to run it.
     pub scheduled: f64,
-    /// The consumer was busy and the channel was empty: nobody waited.
+    /// The consumer was busy and the channel was empty: neither side waited.
     pub overlap: f64,
 }
 
 impl Shares {
     pub(super) fn of(times: &Times) -> Self {
-        let part = |state| times.of(state) as f64;
+        let time = |state| times.of(state) as f64;
         let [backlog, source_wait, scheduled, overlap] = [
-            part(ConsumerState::Backlog),
-            part(ConsumerState::SourceWait),
-            part(ConsumerState::Scheduled),
-            part(ConsumerState::Overlap),
+            time(ConsumerState::Backlog),
+            time(ConsumerState::SourceWait),
+            time(ConsumerState::Scheduled),
+            time(ConsumerState::Overlap),
         ];
-        let whole = backlog + source_wait + scheduled + overlap;
-        if whole == 0.0 {
+        let total = backlog + source_wait + scheduled + overlap;
+        if total == 0.0 {
             return Self::default();
         }
         Self {
-            backlog: backlog / whole,
-            source_wait: source_wait / whole,
-            scheduled: scheduled / whole,
-            overlap: overlap / whole,
+            backlog: backlog / total,
+            source_wait: source_wait / total,
+            scheduled: scheduled / total,
+            overlap: overlap / total,
         }
     }
 
-    /// Returns the verdict on these shares, by the rule described at [`Verdict`]. Without any time, as in
+    /// Returns the verdict on these shares, by the rule described at [`Verdict`]. If all shares are 0, as in
     /// `Shares::default()`, it is `Balanced`.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use fraiseql_stream::{Shares, Verdict};
+    ///
+    /// let mut shares = Shares::default();
+    /// assert_eq!(shares.verdict(), Verdict::Balanced);
+    /// (shares.scheduled, shares.overlap) = (0.2, 0.8);
+    /// assert_eq!(shares.verdict(), Verdict::RuntimeBound);
+    /// ```
     pub fn verdict(&self) -> Verdict {
         let [(side, largest), (_, next), (_, least)] = self.sides();
         if largest > 0.1 && largest >= 2.0 * next {
@@ -176,8 +212,8 @@ impl Shares {
         }
     }
 
-    /// Returns the share that the verdict is based on: that of the side it names, the sum of the three waits for
-    /// `Mixed`, and `overlap` for `Balanced`.
+    /// Returns the share on which the verdict is based: the share of the side that it names, the sum of the first three
+    /// shares (all but `overlap`) for `Mixed`, and `overlap` for `Balanced`.
     ///
     /// # Examples
     ///
@@ -199,7 +235,7 @@ impl Shares {
         }
     }
 
-    /// The sides that can set the pace, by their shares in descending order.
+    /// Returns the sides that can set the pace with their shares, largest share first.
     fn sides(&self) -> [(Side, f64); 3] {
         let mut sides = [
             (Side::Consumer, self.backlog),
@@ -210,7 +246,7 @@ impl Shares {
         sides
     }
 
-    /// The verdict with its share, as in `source-bound 61 %` or `mixed: runtime 61 %, source 38 %`.
+    /// Returns the verdict with its share, as in `source-bound 61 %` or `mixed: runtime 61 %, source 38 %`.
     pub(super) fn summary(&self) -> String {
         let verdict = self.verdict();
         if verdict != Verdict::Mixed {
@@ -223,6 +259,7 @@ impl Shares {
     }
 }
 
+/// A side that can set the pace.
 #[derive(Clone, Copy)]
 enum Side {
     Consumer,
@@ -258,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn the_verdict_takes_a_tenth_and_twice_the_next() {
+    fn a_side_dominates_above_10_percent_and_from_twice_the_next_share() {
         assert_eq!(verdict(0.11, 0.05, 0.0), Verdict::ConsumerBound);
         assert_eq!(verdict(0.10, 0.0, 0.0), Verdict::Balanced);
         assert_eq!(verdict(0.3, 0.6, 0.1), Verdict::SourceBound);
