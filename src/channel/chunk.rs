@@ -1,19 +1,22 @@
-//! A chunk: the rows that travel through the channel together.
+//! `Chunk`: rows that pass through the channel as one unit, and `Filling`, which builds it.
 
-/// What a channel carries.
+/// A unit that a channel carries, which holds rows.
 pub(crate) trait Payload {
-    /// The memory of a payload that was used up.
+    /// The memory of a unit that was used up, to be used again by the producer.
     type Memory: Default;
 
+    /// Returns the number of rows in the unit, which counts towards the channel's limit.
     fn rows(&self) -> usize;
+
+    /// Returns the number of payload bytes in the unit, which counts towards the channel's limit.
     fn bytes(&self) -> usize;
 }
 
-/// From here on memory is taken to the byte, not by guess and doubling.
+/// Above this number of bytes, memory is allocated exactly and is not kept for the next chunk.
 const LARGE: usize = 64 * 1024;
 
-/// A chunk that is being filled. The payloads are copied end to end into one allocation: a row must not
-/// keep the socket's read buffer alive, and one allocation a chunk is cheaper than one a row.
+/// A chunk that is being filled. The rows are copied end to end into one allocation, because a row must not keep the
+/// socket's read buffer alive, and one allocation per chunk is cheaper than one per row.
 #[derive(Debug, Default)]
 pub(crate) struct Filling {
     data: Vec<u8>,
@@ -21,28 +24,30 @@ pub(crate) struct Filling {
 }
 
 impl Filling {
-    /// Uses the memory of a chunk that is done with once more; what is too large to be kept is freed.
+    /// Starts an empty chunk in the memory of a used one. Memory above `LARGE` is freed instead.
     pub(crate) fn again(data: Vec<u8>, ends: Vec<usize>) -> Self {
         Self { data: emptied(data), ends: emptied(ends) }
     }
 
-    /// Makes room for a chunk that will probably be like one of so many rows and bytes.
+    /// Reserves memory for a chunk of about `rows` rows and `bytes` bytes.
     pub(crate) fn expect(&mut self, rows: usize, bytes: usize) {
         self.data.reserve(bytes.min(LARGE));
         self.ends.reserve(rows);
     }
 
+    /// Appends a row.
     #[inline]
-    pub(crate) fn push(&mut self, payload: &[u8]) {
-        if payload.len() > LARGE {
-            // No room to spare, or a megabyte would pin two.
-            self.data.reserve_exact(payload.len());
+    pub(crate) fn push(&mut self, row: &[u8]) {
+        if row.len() > LARGE {
+            // Amortized growth may allocate twice as much as a large row needs.
+            self.data.reserve_exact(row.len());
         }
-        self.data.extend_from_slice(payload);
+        self.data.extend_from_slice(row);
         self.ends.push(self.data.len());
     }
 
-    /// Begins with a row that was set aside before; where it is large, its memory is used on.
+    /// Adds the first row of the chunk, which must be empty. A row that does not fit into the chunk's memory is not
+    /// copied: its own memory becomes the chunk's.
     pub(crate) fn adopt(&mut self, row: Vec<u8>) {
         self.ends.push(row.len());
         if row.len() <= self.data.capacity() {
@@ -65,6 +70,7 @@ impl Filling {
     }
 }
 
+/// Clears `memory` to be used again, or frees it if it is too large to be kept.
 fn emptied<T>(mut memory: Vec<T>) -> Vec<T> {
     if memory.capacity() * size_of::<T>() > LARGE {
         return Vec::new();
@@ -73,11 +79,11 @@ fn emptied<T>(mut memory: Vec<T>) -> Vec<T> {
     memory
 }
 
-/// Rows on their way to the consumer, in order, end to end.
+/// Rows on their way to the consumer, in order, stored end to end.
 #[derive(Debug, Default)]
 pub(crate) struct Chunk {
     pub(crate) data: Vec<u8>,
-    /// Where each row ends in `data`.
+    /// The offset at which each row ends in `data`.
     pub(crate) ends: Vec<usize>,
 }
 
@@ -109,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_lie_end_to_end() {
+    fn rows_are_stored_end_to_end() {
         let chunk = Chunk::of(&[b"1", b"", b"[2, 3]"]);
         assert_eq!((chunk.rows(), chunk.bytes()), (3, 7));
         assert_eq!(

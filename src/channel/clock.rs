@@ -1,4 +1,4 @@
-//! The clock of a stream.
+//! `Clock`: the time since a stream was started.
 
 use std::time::Instant;
 
@@ -7,36 +7,38 @@ use std::sync::Arc;
 #[cfg(test)]
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Nanoseconds since the stream began.
+/// A number of nanoseconds: a duration, or a moment as the time since a clock was started.
 pub(crate) type Nanos = u64;
 
-/// Tells a stream's age.
+/// A clock that starts at zero.
 #[derive(Clone, Debug)]
 pub(crate) enum Clock {
     Monotonic(Instant),
-    /// Moved by hand, so that tests can state sums to the nanosecond.
+    /// Moved by a test, so that its sums are exact to the nanosecond.
     #[cfg(test)]
     Manual(Arc<AtomicU64>),
 }
 
 impl Clock {
+    /// Starts a clock.
     pub(crate) fn start() -> Self {
         Self::Monotonic(Instant::now())
     }
 
+    /// Returns the time since the clock was started.
     pub(crate) fn now(&self) -> Nanos {
         match self {
-            // 584 years fit into a u64 of nanoseconds.
+            // A u64 of nanoseconds lasts for 584 years.
             Self::Monotonic(start) => {
-                let age = start.elapsed();
-                age.as_secs() * 1_000_000_000 + u64::from(age.subsec_nanos())
+                let elapsed = start.elapsed();
+                elapsed.as_secs() * 1_000_000_000 + u64::from(elapsed.subsec_nanos())
             }
             #[cfg(test)]
             Self::Manual(now) => now.load(Ordering::Relaxed),
         }
     }
 
-    /// How old `earlier` was when this clock was started.
+    /// Returns the time on `earlier` at which this clock was started, or 0 if this clock is the older one.
     pub(crate) fn since(&self, earlier: &Self) -> Nanos {
         match (self, earlier) {
             (Self::Monotonic(start), Self::Monotonic(earlier)) => {
@@ -48,8 +50,9 @@ impl Clock {
     }
 }
 
+/// Returns a clock that shows the value of the returned atomic.
 #[cfg(test)]
 pub(crate) fn manual() -> (Clock, Arc<AtomicU64>) {
-    let hand = Arc::new(AtomicU64::new(0));
-    (Clock::Manual(Arc::clone(&hand)), hand)
+    let now = Arc::new(AtomicU64::new(0));
+    (Clock::Manual(Arc::clone(&now)), now)
 }

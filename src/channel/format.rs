@@ -1,10 +1,10 @@
-//! Text for people: figures, and strings that stay on one line.
+//! Text for people: numbers with units, and strings that stay on one line.
 
 use std::fmt;
 use std::time::Duration;
 
-/// Writes text with everything escaped that would end the line or control a terminal. A backslash stays as it is,
-/// so that names already quoted by `{:?}` are not escaped twice.
+/// A writer that escapes line breaks and control characters. It does not escape backslashes, so that a name already
+/// quoted by `{:?}` is not escaped twice.
 pub(crate) struct OneLine<'a, 'f>(pub(crate) &'a mut fmt::Formatter<'f>);
 
 impl fmt::Write for OneLine<'_, '_> {
@@ -21,11 +21,12 @@ impl fmt::Write for OneLine<'_, '_> {
     }
 }
 
-/// Whether this is a control character or another line break of Unicode.
+/// Returns whether `c` is a control character or one of Unicode's other line breaks.
 fn must_be_escaped(c: char) -> bool {
     c.is_control() || matches!(c, '\u{2028}' | '\u{2029}')
 }
 
+/// A count with its digits in groups of three: `100,213`.
 pub(super) struct Grouped(pub(super) u64);
 
 impl fmt::Display for Grouped {
@@ -41,6 +42,7 @@ impl fmt::Display for Grouped {
     }
 }
 
+/// A number of bytes with a decimal unit: `61.0 MB`.
 pub(super) struct Bytes(pub(super) u64);
 
 impl fmt::Display for Bytes {
@@ -55,6 +57,7 @@ impl fmt::Display for Bytes {
     }
 }
 
+/// A duration in milliseconds below one second, and in seconds above: `12.4 s`.
 pub(super) struct Seconds(pub(super) Duration);
 
 impl fmt::Display for Seconds {
@@ -64,6 +67,7 @@ impl fmt::Display for Seconds {
     }
 }
 
+/// A share of 1 in percent: `81 %`.
 pub(super) struct Percent(pub(super) f64);
 
 impl fmt::Display for Percent {
@@ -77,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_read_well() {
+    fn numbers_have_units_and_grouped_digits() {
         assert_eq!(Grouped(7).to_string(), "7");
         assert_eq!(Grouped(100_213).to_string(), "100,213");
         assert_eq!(Bytes(61_000_000).to_string(), "61.0 MB");

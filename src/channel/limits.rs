@@ -1,26 +1,32 @@
-//! How much of a stream may be in memory, refused when it makes no sense.
+//! `Limits`: how much of a stream may be in memory.
 
-/// The channel's rows, and the scale of the thresholds 10, 50, 200 and 240.
+/// The row limit of a channel with chunks of at most this size. The documented thresholds of the occupancy histogram
+/// (10, 50, 200 and 240 rows) refer to it.
 const CHANNEL_ROWS: usize = 256;
+/// The defaults.
 const CHUNK_ROWS: usize = 128;
 const MEMORY: usize = 16 * 1024 * 1024;
-/// A chunk in the consumer's hands is beyond the budget; an eighth keeps that small.
+/// The byte limit does not cover the chunk that the consumer holds. A chunk of an eighth of the limit keeps that small.
 const CHUNKS_IN_MEMORY: usize = 8;
 
-/// The bounds of one stream.
+/// The limits of one stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Limits {
-    /// Most rows in the channel.
+    /// The maximum number of rows in the channel.
     pub(crate) rows: usize,
-    /// Most payload bytes in the channel; one larger row passes alone.
+    /// The maximum number of payload bytes in the channel. A single larger row passes alone.
     pub(crate) bytes: usize,
-    /// Most rows of one chunk.
+    /// The maximum number of rows in a chunk.
     pub(crate) chunk_rows: usize,
-    /// A chunk with so many bytes is not filled further.
+    /// The number of payload bytes from which on a chunk is not filled further.
     pub(crate) chunk_bytes: usize,
 }
 
 impl Limits {
+    /// Returns the limits for a chunk size and a memory limit, or their defaults.
+    ///
+    /// # Errors
+    /// A text for the user if a value is 0.
     pub(crate) fn new(chunk_size: Option<usize>, max_memory: Option<usize>) -> Result<Self, &'static str> {
         let chunk_rows = chunk_size.unwrap_or(CHUNK_ROWS);
         let bytes = max_memory.unwrap_or(MEMORY);
@@ -28,7 +34,7 @@ impl Limits {
             return Err("chunk_size is 0: a chunk holds at least 1 row");
         }
         if bytes == 0 {
-            return Err("max_memory is 0: give the bytes that rows may take while they wait");
+            return Err("max_memory is 0: the channel holds at least 1 byte");
         }
         Ok(Self {
             rows: chunk_rows.max(CHANNEL_ROWS),
@@ -44,15 +50,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_channel_keeps_the_scale_of_256_rows_whatever_the_chunk() {
-        let limits = |chunk| Limits::new(Some(chunk), None).map(|limits| limits.rows).unwrap();
-        assert_eq!((limits(1), limits(64), limits(256), limits(1000)), (256, 256, 256, 1000));
+    fn the_row_limit_is_256_unless_chunks_are_larger() {
+        let row_limit = |chunk_size| Limits::new(Some(chunk_size), None).unwrap().rows;
+        assert_eq!([1, 64, 256, 1000].map(row_limit), [256, 256, 256, 1000]);
     }
 
     #[test]
-    fn nothing_is_not_a_limit() {
-        let text = |chunk, memory| Limits::new(chunk, memory).unwrap_err().to_string();
-        assert!(text(Some(0), None).starts_with("chunk_size is 0"));
-        assert!(text(None, Some(0)).starts_with("max_memory is 0"));
+    fn a_limit_of_zero_is_refused() {
+        let error = |chunk_size, max_memory| Limits::new(chunk_size, max_memory).unwrap_err();
+        assert!(error(Some(0), None).starts_with("chunk_size is 0"));
+        assert!(error(None, Some(0)).starts_with("max_memory is 0"));
     }
 }
