@@ -139,8 +139,8 @@ impl Stats {
         self.shares
     }
 
-    /// Returns the shares of the last ten seconds of the stream's lifetime. `recent().verdict()` is the side that sets the
-    /// pace now.
+    /// Returns the shares of the last ten seconds of the stream's lifetime. `recent().verdict()` is the side that sets
+    /// the pace now.
     ///
     /// # Examples
     ///

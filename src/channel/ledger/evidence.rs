@@ -5,9 +5,10 @@
 //!
 //! - The [`Watchdog`] knows when its own turns ran late. A late runtime delayed a stream only if the stream continued
 //!   as soon as the runtime was no longer late.
-//! - If one thread runs all tasks, they run in the order in which they were woken, and streams can request a turn of the
-//!   watchdog at a certain place in that order. A turn that is requested by a consumer runs once the consumer's task
-//!   has yielded the thread. A turn that is requested just before a consumer is woken runs just before the consumer.
+//! - If one thread runs all tasks, they run in the order in which they were woken, and streams can request a turn of
+//!   the watchdog at a certain place in that order. A turn that is requested by a consumer runs once the consumer's
+//!   task has yielded the thread. A turn that is requested just before a consumer is woken runs just before the
+//!   consumer.
 //! - If there are several threads, a producer that the consumer woke may have to run on the consumer's thread, right
 //!   after it. While the producer does not run although the runtime is not late, the consumer blocks it.
 //!

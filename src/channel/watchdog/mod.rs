@@ -1,9 +1,9 @@
 //! `Watchdog`: the evidence of whether an async runtime runs its tasks in time.
 //!
-//! Each runtime has one watchdog, which all of its streams share. Its main task sleeps on a timer; a turn that runs late
-//! proves that the runtime was late. While a runtime is suspected to be late, or a consumer is slow, streams also request
-//! turns at the moments that matter to them, so that the turn is queued right beside the consumer's task. A second task
-//! runs the turns that are requested when rows arrive.
+//! Each runtime has one watchdog, which all of its streams share. Its main task sleeps on a timer; a turn that runs
+//! late proves that the runtime was late. While a runtime is suspected to be late, or a consumer is slow, streams also
+//! request turns at the moments that matter to them, so that the turn is queued right beside the consumer's task. A
+//! second task runs the turns that are requested when rows arrive.
 
 mod chores;
 mod turns;
