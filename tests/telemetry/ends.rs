@@ -109,6 +109,7 @@ fn entity_has_a_series_for_every_outcome_from_its_first_export_on() {
         "failed disconnected",
         "failed lost",
         "failed query",
+        "failed statement",
         "failed transaction_aborted",
     ];
     assert_eq!(all("_REFUSED"), set(&of_refused));
