@@ -25,12 +25,12 @@ pub(crate) struct Filling {
 
 impl Filling {
     /// Starts an empty chunk in the memory of a used one. Memory above `LARGE` is freed instead.
-    pub(crate) fn again(data: Vec<u8>, ends: Vec<usize>) -> Self {
+    pub(crate) fn reusing(data: Vec<u8>, ends: Vec<usize>) -> Self {
         Self { data: emptied(data), ends: emptied(ends) }
     }
 
     /// Reserves memory for a chunk of about `rows` rows and `bytes` bytes.
-    pub(crate) fn expect(&mut self, rows: usize, bytes: usize) {
+    pub(crate) fn reserve(&mut self, rows: usize, bytes: usize) {
         self.data.reserve(bytes.min(LARGE));
         self.ends.reserve(rows);
     }
@@ -48,7 +48,7 @@ impl Filling {
 
     /// Adds the first row of the chunk, which must be empty. A row that does not fit into the chunk's memory is not
     /// copied: its own memory becomes the chunk's.
-    pub(crate) fn adopt(&mut self, row: Vec<u8>) {
+    pub(crate) fn start_with(&mut self, row: Vec<u8>) {
         self.ends.push(row.len());
         if row.len() <= self.data.capacity() {
             self.data.extend_from_slice(&row);

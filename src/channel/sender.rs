@@ -64,7 +64,7 @@ impl<P: Payload, E> Sender<P, E> {
     }
 
     /// Records that the producer is about to move into a task, which the consumer's thread has to run.
-    pub(crate) fn leave(&mut self) {
+    pub(crate) fn record_move(&mut self) {
         let queue = self.0.lock();
         let ledger = self.0.ledger();
         ledger.record_producer_wake(ledger.now());

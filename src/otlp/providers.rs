@@ -17,7 +17,7 @@ use uuid::Uuid;
 use super::error::InitError;
 use super::report::{Health, Reported};
 use super::settings::{Batch, Exporter, Protocol, Settings, Signal};
-use crate::telemetry::{ENDS, MOST_ENTITIES};
+use crate::telemetry::{ENDS, MAX_ENTITIES};
 
 /// Instruments with attributes beside `entity`, and their number of series per entity: the SDK's default limit of
 /// 2,000 series would cut them off.
@@ -29,7 +29,7 @@ const WIDE: [(&str, usize); 5] = [
     ("fraiseql.chunk.adjustments", 2),
 ];
 /// The values of `entity`: the entities, `_OTHER` and `_REFUSED`.
-const MOST_VALUES: usize = MOST_ENTITIES + 2;
+const MOST_VALUES: usize = MAX_ENTITIES + 2;
 /// Room for rare series of one instrument, such as that of an unusual kind of error.
 const SPARE: usize = 20;
 

@@ -61,13 +61,13 @@ pub(super) async fn run(
         if let Some(chunk) = cutter.take() {
             let (rows, bytes) = (chunk.rows(), chunk.bytes());
             cutter.filling = sender.send(chunk);
-            cutter.filling.expect(rows, bytes);
+            cutter.filling.reserve(rows, bytes);
         }
         if cut? {
             return Ok(());
         }
         if !handover.is_in_task() {
-            sender.leave();
+            sender.record_move();
             handover.ensure_task().await;
         }
     }
@@ -96,7 +96,7 @@ impl Cutter {
     /// Fills the chunk until it is full or no further row is ready. Returns `true` at the end of the source.
     fn poll_cut(&mut self, cx: &mut Context<'_>, source: &mut impl Source) -> Poll<Result<bool, Error>> {
         if let Some(row) = self.held.take() {
-            self.filling.adopt(row);
+            self.filling.start_with(row);
         }
         while self.held.is_none() && !self.is_full() {
             match source.poll_row(cx, |row| self.push(row)) {

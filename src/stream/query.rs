@@ -365,7 +365,7 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
         error
     }
 
-    /// Opens the query span and all else that tells of the stream.
+    /// Starts recording the stream, which opens its query span.
     fn record(&self, stream: Observer, text: &str) -> Recorder {
         let Connection { telemetry, .. } = self.connection.borrow();
         let about = QueryInfo {

@@ -14,7 +14,7 @@ pub(crate) use ends::ENDS;
 pub use instruments::Instruments;
 pub(crate) use recorder::{Heartbeat, Recorder};
 #[cfg(feature = "otlp")]
-pub(crate) use registry::MOST_ENTITIES;
+pub(crate) use registry::MAX_ENTITIES;
 pub use spans::PollSpans;
 #[cfg(feature = "otlp")]
 pub(crate) use spans::spans_are_open;

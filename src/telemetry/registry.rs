@@ -13,7 +13,7 @@ use crate::channel::{ConsumerState, Nanos, Observer};
 use crate::sync::lock;
 
 /// The maximum number of entities with series of their own. Further ones share the series of `OTHER`.
-pub(crate) const MOST_ENTITIES: usize = 1_000;
+pub(crate) const MAX_ENTITIES: usize = 1_000;
 const OTHER: &str = "_OTHER";
 /// The entity in the metrics of streams that never began: Postgres or this crate refused the query, or its future was
 /// dropped before Postgres had accepted it. Such a name may come from a user of the service and is not known to exist,
@@ -142,7 +142,7 @@ impl Registry {
         if let Some(entity) = entities.get(name) {
             return Arc::clone(entity);
         }
-        let is_full = entities.len() >= MOST_ENTITIES;
+        let is_full = entities.len() >= MAX_ENTITIES;
         // A relation can have the reserved name.
         let name = if is_full || **name == *REFUSED { Arc::from(OTHER) } else { Arc::clone(name) };
         let entity = entities.entry(name).or_insert_with_key(|name| Arc::new(Entity::new(name)));
@@ -150,7 +150,7 @@ impl Registry {
         drop(entities);
         if is_full && !self.overflow_is_logged.swap(true, Ordering::Relaxed) {
             tracing::warn!(
-                "more than {MOST_ENTITIES} entities are streamed: metrics count further ones as entity={OTHER:?}; keep the number of distinct entities small"
+                "more than {MAX_ENTITIES} entities are streamed: metrics count further ones as entity={OTHER:?}; keep the number of distinct entities small"
             );
         }
         entity

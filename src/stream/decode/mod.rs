@@ -246,7 +246,7 @@ impl<T: FromJson> CurrentChunk<T> {
     pub(crate) fn recycle(&mut self) -> Filling {
         self.read = 0;
         let data = T::memory(std::mem::take(&mut self.data));
-        Filling::again(data.unwrap_or_default(), std::mem::take(&mut self.ends))
+        Filling::reusing(data.unwrap_or_default(), std::mem::take(&mut self.ends))
     }
 
     /// Returns the range of the next row.
