@@ -24,7 +24,7 @@ async fn orders() -> Result<Body, StatusCode> {
 /// Returns when Postgres has accepted the query. The body then takes rows only as fast as the client reads them, and
 /// a client that goes away cancels the query.
 async fn open() -> Result<Body, Box<dyn std::error::Error + Send + Sync>> {
-    let db = Connection::connect(&std::env::var("DATABASE_URL")?).await?;
+    let db = Connection::connect(std::env::var("DATABASE_URL")?).await?;
     let rows = db.into_query::<RawJson>("orders").stream().await?;
     // An error in a row ends the body without its last chunk, so that the client sees that rows are missing.
     Ok(Body::from_stream(rows.map_ok(|row| Bytes::from([row.as_bytes(), b"\n"].concat()))))

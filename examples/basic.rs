@@ -19,7 +19,7 @@ struct Order {
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
-    let mut db = Connection::connect(&std::env::var("DATABASE_URL")?).await?;
+    let mut db = Connection::connect(std::env::var("DATABASE_URL")?).await?;
     // Stands for a table of yours; it disappears with the connection.
     let script = "CREATE TEMP TABLE orders AS SELECT jsonb_build_object(
         'id', i, 'status', CASE WHEN i % 2 = 0 THEN 'open' ELSE 'paid' END, 'total', i * 0.5
@@ -32,7 +32,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     while let Some(order) = orders.try_next().await? {
         (last, sum) = (order.id, sum + order.total);
     }
-    println!("the last of the open orders is {last}, and the sum of their totals {sum}");
+    println!("last open order: {last}; total of all open orders: {sum}");
     println!("{}", orders.stats());
     Ok(())
 }

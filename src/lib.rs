@@ -9,7 +9,7 @@
 //! # struct Order {}
 //! # async fn ship(_: Order) {}
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-//! let mut db = Connection::connect(&std::env::var("DATABASE_URL")?).await?;
+//! let mut db = Connection::connect(std::env::var("DATABASE_URL")?).await?;
 //! let mut orders = db.query::<Order>("orders").where_sql("data->>'status' = $1", &[&"open"]).stream().await?;
 //! while let Some(order) = orders.try_next().await? { ship(order).await; }
 //! println!("{}", orders.stats());
@@ -36,7 +36,8 @@
 //! - [`Connection`] connects and creates a [`Query`]; [`JsonStream`] is the stream of its rows.
 //! - [`Stats`] and [`Verdict`] report where the time of a stream goes; an [`Observer`] reads them from elsewhere.
 //! - [`Instruments`] record the metrics, and [describe](Instruments#entities) them.
-//! - [`Error`] is the error of all of them.
+//! - [`Error`] is the error of connecting, querying and decoding. A stream that owns its connection returns it with the
+//!   error, in a [`StreamError`].
 //!
 //! Rows flow in one direction:
 //!
@@ -53,13 +54,13 @@
 //!
 //! | feature | adds |
 //! |---|---|
-//! | `otlp` | `otlp::init()`: exports metrics, traces and logs by OTLP (http/protobuf), configured by the `OTEL_*` variables |
-//! | `otlp-grpc` | the same by gRPC, if `OTEL_EXPORTER_OTLP_PROTOCOL=grpc` |
+//! | `otlp` | `otlp::init()`: exports metrics, traces and logs over OTLP (http/protobuf), configured by the `OTEL_*` variables |
+//! | `otlp-grpc` | the same over gRPC, if `OTEL_EXPORTER_OTLP_PROTOCOL=grpc` |
 //! | `serde` | `Serialize` for [`Stats`] |
 //!
-//! No feature is enabled by default: the crate then depends on the OpenTelemetry API and `tracing` only. A service with
-//! providers of its own sets them before it connects, or passes [`Instruments`]. Its spans need a layer of
-//! tracing-opentelemetry, as [described there](Instruments#spans).
+//! No feature is enabled by default. Without `otlp`, the crate depends on the OpenTelemetry API, but not on its SDK or an
+//! exporter. A service with providers of its own sets them before it connects, or passes [`Instruments`]; for spans, it
+//! also needs a layer of tracing-opentelemetry, as described [here](Instruments#spans).
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 

@@ -40,7 +40,7 @@ struct Args {
 }
 
 const TITLE: &str = "fraiseql-stream: one table of orders, streamed three times. Which side is slow?";
-const LEGEND: &str = "[###.......]  rows waiting in the channel to your code, of at most 256";
+const LEGEND: &str = "[###.......]  rows waiting in the channel for your code (at most 256)";
 
 const ENVIRONMENT: &str = "\
 Environment:

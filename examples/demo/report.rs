@@ -87,7 +87,7 @@ fn reason(verdict: Verdict) -> &'static str {
         Verdict::ConsumerBound => "rows waited for your code",
         Verdict::SourceBound => "your code waited for Postgres",
         Verdict::RuntimeBound => "your task was ready but not running",
-        Verdict::Mixed => "waits on several sides, none dominates",
+        Verdict::Mixed => "several sides waited, and none dominates",
         _ => "neither side waited much",
     }
 }

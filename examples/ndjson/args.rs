@@ -17,7 +17,7 @@ Environment:
 Exit status:
   0    all rows were written, or the reader closed standard output
   1    an error occurred
-  2    the arguments or DATABASE_URL are invalid
+  2    the arguments are invalid, or DATABASE_URL is not set
   129  stopped by SIGHUP (the terminal was closed)
   130  stopped by SIGINT (Ctrl-C)
   143  stopped by SIGTERM

@@ -10,7 +10,7 @@ use super::ledger::{Ledger, Times};
 pub(crate) struct Gauge {
     pub(crate) row_limit: usize,
     pub(crate) byte_limit: usize,
-    pub(super) ledger: Ledger,
+    ledger: Ledger,
     rows: AtomicUsize,
     bytes: AtomicUsize,
     peak_bytes: AtomicUsize,
@@ -28,6 +28,26 @@ impl Gauge {
             peak_bytes: AtomicUsize::new(0),
             received_bytes: AtomicU64::new(0),
         }
+    }
+
+    pub(super) fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Returns whether the stream has ended.
+    pub(super) fn is_ended(&self) -> bool {
+        self.ledger.is_ended()
+    }
+
+    /// Returns the times up to now.
+    pub(super) fn times(&self) -> Times {
+        self.ledger.read()
+    }
+
+    /// Returns the times of the consumer since the start of the sliding window.
+    pub(super) fn recent_times(&self, now: &Times) -> Times {
+        let then = self.ledger.read_window_start();
+        Times { consumer: std::array::from_fn(|i| now.consumer[i].saturating_sub(then[i])), ..*now }
     }
 
     /// Returns the time since the stream was started.

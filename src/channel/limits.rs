@@ -31,10 +31,10 @@ impl Limits {
         let chunk_rows = chunk_size.unwrap_or(CHUNK_ROWS);
         let bytes = max_memory.unwrap_or(MEMORY);
         if chunk_rows == 0 {
-            return Err("chunk_size is 0: a chunk holds at least 1 row");
+            return Err("invalid chunk_size 0: a chunk holds at least 1 row; set it to 1 or more");
         }
         if bytes == 0 {
-            return Err("max_memory is 0: the channel holds at least 1 byte");
+            return Err("invalid max_memory 0: the channel holds at least 1 byte; set it to 1 or more");
         }
         Ok(Self {
             rows: chunk_rows.max(CHANNEL_ROWS),
@@ -58,7 +58,7 @@ mod tests {
     #[test]
     fn a_limit_of_zero_is_refused() {
         let error = |chunk_size, max_memory| Limits::new(chunk_size, max_memory).unwrap_err();
-        assert!(error(Some(0), None).starts_with("chunk_size is 0"));
-        assert!(error(None, Some(0)).starts_with("max_memory is 0"));
+        assert!(error(Some(0), None).starts_with("invalid chunk_size 0"));
+        assert!(error(None, Some(0)).starts_with("invalid max_memory 0"));
     }
 }

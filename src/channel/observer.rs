@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::clock::Nanos;
 use super::gauge::Gauge;
-use super::ledger::{ConsumerState, ProducerState, Times};
+use super::ledger::{ConsumerState, ProducerState};
 use super::stats::{ProducerTime, Stats, StreamTime};
 use super::verdict::Shares;
 
@@ -31,7 +30,7 @@ impl Progress {
 
 /// A handle that reads the statistics of a stream from another place: a task, a status page, a health check.
 ///
-/// It is cheap to clone and does not keep the stream alive. After the stream has ended or was dropped, the observer
+/// It is cheap to clone and does not keep the stream alive. After the stream has ended or has been dropped, the observer
 /// keeps returning the final statistics.
 ///
 /// # Examples
@@ -67,7 +66,7 @@ impl Observer {
     /// ```
     pub fn stats(&self) -> Stats {
         let gauge = &self.gauge;
-        let times = gauge.ledger.read();
+        let times = gauge.times();
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Stats {
             entity: Arc::clone(&self.entity),
@@ -88,11 +87,11 @@ impl Observer {
             },
             backlog: Duration::from_nanos(times.of(ConsumerState::Backlog)),
             shares: Shares::of(&times),
-            recent: Shares::of(&since(&times, gauge.ledger.read_window_start())),
+            recent: Shares::of(&gauge.recent_times(&times)),
         }
     }
 
-    /// Returns whether the stream has ended: its end, or an error that ended it, was returned, or it was dropped.
+    /// Returns whether the stream has ended: it returned `None` or the error that ended it, or it was dropped.
     ///
     /// # Examples
     ///
@@ -105,7 +104,7 @@ impl Observer {
     /// # }
     /// ```
     pub fn is_ended(&self) -> bool {
-        self.gauge.ledger.is_ended()
+        self.gauge.is_ended()
     }
 }
 
@@ -113,11 +112,6 @@ impl fmt::Debug for Observer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Observer").field("stats", &self.stats()).finish()
     }
-}
-
-/// Returns the times of the consumer between `then` and `now`.
-fn since(now: &Times, then: [Nanos; 5]) -> Times {
-    Times { consumer: std::array::from_fn(|i| now.consumer[i].saturating_sub(then[i])), ..*now }
 }
 
 #[cfg(test)]

@@ -45,7 +45,7 @@ impl<P: Payload, E> Shared<P, E> {
     }
 
     pub(super) fn ledger(&self) -> &Ledger {
-        &self.gauge.ledger
+        self.gauge.ledger()
     }
 
     /// Records that rows or the end arrived in the channel. Returns the waker of a waiting consumer.

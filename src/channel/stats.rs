@@ -8,7 +8,7 @@ use super::format::{Bytes, Grouped, OneLine, Percent, Seconds};
 use super::ledger::{ConsumerState, Times};
 use super::verdict::{Shares, Verdict};
 
-/// Where the consumer's time went. The five states add up to [`Stats::elapsed`].
+/// The time of the consumer, by what it was doing. The five states add up to [`Stats::elapsed`].
 ///
 /// # Examples
 ///
@@ -23,20 +23,20 @@ use super::verdict::{Shares, Verdict};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StreamTime {
-    /// Your code polled the stream and waited for rows.
+    /// Time in which your code waited for rows.
     pub source_wait: Duration,
-    /// Your code was ready to run, but the async runtime was late to run it.
+    /// Time in which your code was ready to run, but the async runtime was late to run it.
     pub scheduled: Duration,
-    /// JSON was deserialized into `T`. Estimated from samples; the sum of `decode` and `consumer` is exact.
+    /// Time spent deserializing JSON into `T`. Estimated from samples; the sum of `decode` and `consumer` is exact.
     pub decode: Duration,
-    /// Your code was busy: it held rows, did something else while rows waited, or had not polled the stream yet.
+    /// Time in which your code was busy: it held rows, did something else while rows waited, or had not polled the stream yet.
     pub consumer: Duration,
-    /// The stream was paused, from [`pause`](crate::JsonStream::pause) to [`resume`](crate::JsonStream::resume) or the
+    /// Time for which the stream was paused, from [`pause`](crate::JsonStream::pause) to [`resume`](crate::JsonStream::resume) or the
     /// next poll.
     pub paused: Duration,
 }
 
-/// Where the producer's time went. The two states add up to the time from the start of the query to its last row, or
+/// The time of the producer, by what it was waiting for. The two states add up to the time from the start of the query to its last row, or
 /// to the end of the stream if that is earlier.
 ///
 /// # Examples
@@ -50,9 +50,9 @@ pub struct StreamTime {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ProducerTime {
-    /// Waited for Postgres or read rows from it.
+    /// Time spent waiting for Postgres or reading rows from it.
     pub source: Duration,
-    /// Waited for room in the channel. During this time Postgres was held back.
+    /// Time spent waiting for room in the channel; Postgres was held back.
     pub room: Duration,
 }
 
@@ -96,19 +96,18 @@ pub struct Stats {
     /// The maximum number of payload bytes in the channel, as set by [`max_memory`](crate::Query::max_memory). A single
     /// larger row passes alone.
     pub byte_limit: usize,
-    /// Where the consumer's time went.
+    /// The time of the consumer, by what it was doing.
     pub time: StreamTime,
-    /// Where the producer's time went.
+    /// The time of the producer, by what it was waiting for.
     pub producer_time: ProducerTime,
-    /// How long the consumer was busy while rows, or the end of the stream, waited for it.
+    /// Time in which the consumer was busy while rows, or the end of the stream, waited for it.
     pub backlog: Duration,
     pub(super) shares: Shares,
     pub(super) recent: Shares,
 }
 
 impl Stats {
-    /// Returns the side that has set the pace since the stream was started. It is `Balanced` as long as no time was
-    /// counted.
+    /// Returns the verdict on the lifetime of the stream so far. `Balanced` until any time has been counted.
     ///
     /// # Examples
     ///
@@ -157,11 +156,6 @@ impl Stats {
     /// Returns how far the stream got, as in `after 1,234 rows in 5.0 s`.
     pub(crate) fn progress(&self) -> String {
         format!("after {} rows in {}", Grouped(self.rows), Seconds(self.elapsed))
-    }
-
-    /// Returns [`progress`](Self::progress) and the side that set the pace.
-    pub(crate) fn summary(&self) -> String {
-        format!("{}; {}{}", self.progress(), self.shares.summary(), self.verdict().advice())
     }
 }
 

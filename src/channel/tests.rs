@@ -129,13 +129,13 @@ fn times_after(
     let (mut sender, mut receiver) = bounded(LIMITS, clock, watchdog);
     let at = |ms: Nanos| now.store(ms * 1_000_000, Ordering::Relaxed);
     script(&at, &mut sender, &mut receiver);
-    let times = receiver.gauge().ledger.read();
+    let times = receiver.gauge().ledger().read();
     (times.consumer.map(|nanos| nanos / 1_000_000), times.producer.map(|nanos| nanos / 1_000_000))
 }
 
 /// Polls the receiver once. Returns whether it was ready.
 fn poll_once(receiver: &mut Receiver<Chunk, ()>) -> bool {
-    let now = receiver.gauge().ledger.now();
+    let now = receiver.gauge().ledger().now();
     spawn(std::future::poll_fn(|cx| receiver.poll_take(cx, now))).poll().is_ready()
 }
 

@@ -11,7 +11,7 @@ use super::ledger::{ConsumerState, Times};
 /// healthy. The [`Shares`] show how much it matters: a share of up to 10 % can be ignored, a share of up to 50 % costs
 /// something, and above 50 % that side determines how fast the stream is.
 ///
-/// # How it is found
+/// # How it is determined
 ///
 /// Every moment of a stream's lifetime, except for pauses, counts towards one of four shares:
 ///
@@ -21,6 +21,8 @@ use super::ledger::{ConsumerState, Times};
 /// | source wait | waits for a row | is empty | [`SourceBound`](Self::SourceBound) |
 /// | scheduled | is ready to run, but the async runtime is late to run it | | [`RuntimeBound`](Self::RuntimeBound) |
 /// | overlap | is busy | is empty: neither side waits | |
+///
+/// Decoding JSON into `T` counts as your code; [`StreamTime`](crate::StreamTime) shows it separately.
 ///
 /// One of the first three shares dominates if it is above 10 % and at least twice as large as the next largest of
 /// them. If none dominates, the verdict is [`Mixed`](Self::Mixed) if the three add up to more than 50 %, and
@@ -42,11 +44,12 @@ use super::ledger::{ConsumerState, Times};
 /// # What it cannot know
 ///
 /// - **Who blocks a current-thread runtime.** Code that blocks the only thread delays every task. The order in which
-///   tasks run shows whether the stream's own task or another one blocks the thread. The first two delays in doubt
-///   count as the runtime's. The order proves nothing if something other than rows also wakes the stream's task, such
-///   as a timer in a `select!` or a second stream; `ConsumerBound` and `RuntimeBound` may be confused then. The future
-///   that is passed to `block_on` (the `main` of a current-thread runtime) has no place in that order, so its delays in
-///   doubt count as the runtime's. A multi-thread runtime with one worker is treated as if it had several.
+///   tasks run usually shows whether the stream's own task or another one blocks the thread. If it does not, the first
+///   two such delays count as scheduled; later ones count as scheduled only while other tasks are known to block the
+///   thread for a significant part of the time, and as backlog otherwise. The order proves nothing if something other
+///   than rows also wakes the stream's task, such as a timer in a `select!` or a second stream; `ConsumerBound` and
+///   `RuntimeBound` may then be confused. The future passed to `block_on` (`main` on a current-thread runtime) has no
+///   place in that order, so its ambiguous delays count as scheduled. A multi-thread runtime with one worker is treated as if it had several.
 /// - **What your code awaits while it holds rows.** That time counts as your code's, even if a late runtime delays what
 ///   it awaits.
 /// - **Isolated delays of the runtime.** The runtime is checked every 250 ms, every 10 ms while streams have waits of
@@ -70,7 +73,7 @@ use super::ledger::{ConsumerState, Times};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Verdict {
-    /// Rows wait for your code: the consumer is slow.
+    /// Rows wait for your code, or for decoding them: the consumer is slow.
     ConsumerBound,
     /// Your code waits for rows: Postgres or the network is slow.
     SourceBound,
@@ -116,16 +119,6 @@ impl Verdict {
             Self::Balanced => "balanced",
         }
     }
-
-    /// Returns the end of an error message that explains the verdict. Empty if no side dominates.
-    pub(super) fn advice(self) -> &'static str {
-        match self {
-            Self::ConsumerBound => ": Postgres waited for your code, not the other way round",
-            Self::SourceBound => ": your code waited for Postgres",
-            Self::RuntimeBound => ": your code was ready, but the async runtime was late to run it",
-            Self::Mixed | Self::Balanced => "",
-        }
-    }
 }
 
 impl fmt::Display for Verdict {
@@ -157,13 +150,13 @@ impl fmt::Display for Verdict {
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Shares {
-    /// The consumer was busy while rows, or the end of the stream, waited in the channel.
+    /// The share of time in which the consumer was busy while rows, or the end of the stream, waited in the channel.
     pub backlog: f64,
-    /// The consumer waited for rows and the channel was empty.
+    /// The share of time in which the consumer waited for rows and the channel was empty.
     pub source_wait: f64,
-    /// The consumer was ready to run, but the async runtime was late to run it.
+    /// The share of time in which the consumer was ready to run, but the async runtime was late to run it.
     pub scheduled: f64,
-    /// The consumer was busy and the channel was empty: neither side waited.
+    /// The share of time in which the consumer was busy and the channel was empty: neither side waited.
     pub overlap: f64,
 }
 
@@ -247,7 +240,7 @@ impl Shares {
     }
 
     /// Returns the verdict with its share, as in `source-bound 61 %` or `mixed: runtime 61 %, source 38 %`.
-    pub(super) fn summary(&self) -> String {
+    pub(crate) fn summary(&self) -> String {
         let verdict = self.verdict();
         if verdict != Verdict::Mixed {
             return format!("{verdict} {}", Percent(self.dominant()));

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use tokio::runtime::Handle;
 use tokio_postgres::Config;
 
 use super::{Connection, Telemetry};
@@ -10,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::postgres::{self, Session};
 use crate::telemetry::{Database, Instruments, PollSpans};
 
-/// Builds a [`Connection`] with settings that differ from the defaults. Created by [`Connection::builder`].
+/// A builder for a [`Connection`] with settings other than the defaults. Created by [`Connection::builder`].
 ///
 /// # Examples
 ///
@@ -26,7 +27,7 @@ use crate::telemetry::{Database, Instruments, PollSpans};
 /// # Ok(())
 /// # }
 /// ```
-#[must_use = "a connection is made only by `connect`"]
+#[must_use = "nothing is connected until `connect` is called"]
 pub struct ConnectionBuilder {
     config: Result<Config>,
     instruments: Option<Instruments>,
@@ -92,13 +93,14 @@ impl ConnectionBuilder {
         self
     }
 
-    /// Sets the maximum number of prepared statements that the connection keeps. When it is reached, the least
+    /// Sets the maximum number of prepared statements that the connection caches. When the cache is full, the least
     /// recently used statement is closed. With 0, every query is prepared anew. Defaults to 100.
     ///
-    /// A query whose statement is kept saves a round trip, and saves Postgres from parsing it again. A statement
-    /// that Postgres no longer accepts, for example after a change of the schema or `DISCARD ALL`, is prepared again
-    /// and run. Only two cases fail, with an error of kind [`Query`](crate::ErrorKind::Query): inside a transaction,
-    /// which Postgres has aborted by then, and if the types of the parameters have changed.
+    /// A cached statement saves a round trip, and Postgres does not parse it again. A statement that Postgres no longer
+    /// accepts, for example after a schema change or `DISCARD ALL`, is prepared again and run. That fails in three cases:
+    /// with [`Query`](crate::ErrorKind::Query) inside a transaction, which Postgres has aborted by then; with `Query` if
+    /// the types of the parameters have changed; and with [`Statement`](crate::ErrorKind::Statement) if the column `data`
+    /// is no longer json or jsonb.
     ///
     /// After five runs of a statement, Postgres may switch to a plan that ignores the values of its parameters. If
     /// that plan is slower, run `SET plan_cache_mode = force_custom_plan`.
@@ -118,13 +120,30 @@ impl ConnectionBuilder {
     ///
     /// # Errors
     ///
-    /// The same as those of [`Connection::connect`].
+    /// The same as [`Connection::connect`].
+    ///
+    /// # Panics
+    ///
+    /// The same as [`Connection::connect`].
     ///
     /// # Cancel safety
     ///
     /// If the future is dropped, the sockets that it has opened are closed.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), fraiseql_stream::Error> {
+    /// let db = fraiseql_stream::Connection::builder("postgres://localhost/shop").connect().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn connect(self) -> Result<Connection> {
-        let session = Session::connect(self.config?, self.statement_cache).await?;
+        let config = self.config?;
+        if Handle::try_current().is_err() {
+            return Err(Error::no_runtime());
+        }
+        let session = Session::connect(config, self.statement_cache).await?;
         let peer = session.peer();
         let database = Database::new(peer.address(), peer.port(), session.database(), session.schema());
         Ok(Connection {
@@ -150,7 +169,7 @@ impl fmt::Debug for ConnectionBuilder {
     }
 }
 
-/// The ways to say where to connect: a connection string, or a [`tokio_postgres::Config`].
+/// The configuration of a connection: a connection string, or a [`tokio_postgres::Config`].
 ///
 /// A string is a URL (`postgres://user:password@host/database`) or has key-value pairs
 /// (`host=/run/postgresql user=app`), with the options of tokio-postgres. Cannot be implemented outside of this crate.
@@ -161,7 +180,7 @@ impl fmt::Debug for ConnectionBuilder {
 /// use fraiseql_stream::{Connection, tokio_postgres};
 ///
 /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-/// let db = Connection::connect(&std::env::var("DATABASE_URL")?).await?;
+/// let db = Connection::connect(std::env::var("DATABASE_URL")?).await?;
 ///
 /// let mut config = tokio_postgres::Config::new();
 /// config.host("localhost").user("app").password("a password with any character").dbname("shop");
@@ -186,6 +205,12 @@ impl IntoConfig for &String {
     }
 }
 
+impl IntoConfig for String {
+    fn into_config(self) -> Result<Config, Error> {
+        postgres::parse(&self)
+    }
+}
+
 impl IntoConfig for Config {
     fn into_config(self) -> Result<Config, Error> {
         postgres::check(&self)?;
@@ -204,6 +229,7 @@ mod sealed {
     pub trait Sealed {}
     impl Sealed for &str {}
     impl Sealed for &String {}
+    impl Sealed for String {}
     impl Sealed for tokio_postgres::Config {}
     impl Sealed for &tokio_postgres::Config {}
 }

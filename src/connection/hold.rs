@@ -58,7 +58,8 @@ mod sealed {
 ///
 /// Returned by [`Query::stream`](crate::Query::stream), [`JsonStream::close`](crate::JsonStream::close) and
 /// [`JsonStream::drain`](crate::JsonStream::drain) after [`Connection::into_query`]. Its text is that of the
-/// [`Error`], into which it converts: `?` works where the connection is no longer needed.
+/// [`Error`], and like that one, it has no `source`. It converts into an [`Error`]: `?` works where the connection is no
+/// longer needed.
 ///
 /// # Examples
 ///
@@ -81,12 +82,36 @@ pub struct StreamError {
 
 impl StreamError {
     /// Returns the error.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(db: fraiseql_stream::Connection) {
+    /// if let Err(error) = db.into_query::<serde_json::Value>("orders").stream().await {
+    ///     println!("{:?}", error.error().kind());
+    /// }
+    /// # }
+    /// ```
     pub fn error(&self) -> &Error {
         &self.error
     }
 
     /// Returns the error and the connection. The connection can be used again unless it
     /// [is closed](Connection::is_closed).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # use fraiseql_stream::{Connection, Error};
+    /// # async fn example(db: Connection) -> Result<(), Error> {
+    /// if let Err(error) = db.into_query::<serde_json::Value>("orders").stream().await {
+    ///     let (error, db) = error.into_parts();
+    ///     eprintln!("{error}");
+    ///     db.close().await?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn into_parts(self) -> (Error, Connection) {
         (self.error, *self.connection)
     }

@@ -27,6 +27,23 @@ use crate::telemetry::{Database, Instruments, PollSpans};
 /// ```
 ///
 /// A connection needs a tokio runtime with time and I/O enabled, such as that of `#[tokio::main]`.
+///
+/// # Examples
+///
+/// ```no_run
+/// use futures_util::TryStreamExt;
+///
+/// # async fn example() -> Result<(), fraiseql_stream::Error> {
+/// let mut db = fraiseql_stream::Connection::connect("postgres://app@localhost/shop").await?;
+/// for entity in ["orders", "customers"] {
+///     let mut rows = db.query::<serde_json::Value>(entity).stream().await?;
+///     while let Some(row) = rows.try_next().await? {
+///         println!("{row}");
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
 pub struct Connection {
     pub(crate) session: Arc<Session>,
     pub(crate) telemetry: Telemetry,
@@ -45,16 +62,20 @@ impl Connection {
     /// Connects to Postgres. `config` is a URL (`postgres://user:password@host/database`), a string of key-value pairs
     /// (`host=/run/postgresql user=app`), or a [`tokio_postgres::Config`].
     ///
-    /// If there are several hosts, they are tried in order. Each address is given 10 s unless `connect_timeout` is
-    /// set.
+    /// If there are several hosts, they are tried in order, or in random order with `load_balance_hosts=random`. Each
+    /// address is given 10 s unless `connect_timeout` is set; resolving a name is given 10 s in any case.
     ///
     /// There is no TLS yet: `sslmode=require` and stricter modes are rejected. The default, `prefer`, connects in
     /// plaintext, and logs a warning if the server is not on this machine.
     ///
     /// # Errors
     ///
-    /// [`Config`](crate::ErrorKind::Config) if the configuration is invalid; [`Connect`](crate::ErrorKind::Connect)
-    /// if no host can be reached or Postgres refuses the connection.
+    /// [`Config`](crate::ErrorKind::Config) if the configuration is invalid, or there is no tokio runtime;
+    /// [`Connect`](crate::ErrorKind::Connect) if no host can be reached or Postgres refuses the connection.
+    ///
+    /// # Panics
+    ///
+    /// Panics on a tokio runtime that was built without time or without I/O.
     ///
     /// # Cancel safety
     ///
@@ -96,12 +117,14 @@ impl Connection {
     ///
     /// # Transactions
     ///
-    /// Streams can run inside a transaction. A stream borrows the connection, so what you write while it runs goes
-    /// through another connection; or take a chunk, [`drain`](crate::JsonStream::drain), write, and stream on from
-    /// there. Dropping a stream before its end cancels its query, and Postgres
-    /// then aborts the transaction: a `COMMIT` would roll back and report success. For that reason the next use of
-    /// the connection fails with [`TransactionAborted`](crate::ErrorKind::TransactionAborted); the use after that
-    /// succeeds, so that you can send `ROLLBACK`; see the second example. To stop early and keep the transaction, end the stream with
+    /// Streams can run inside a transaction that you begin with `BEGIN`. A stream borrows the connection, so nothing else
+    /// can be sent on it meanwhile. To alternate between reading and writing, read in pages: set an order and a
+    /// [`limit`](crate::Query::limit), read to the end, write, and query the next page.
+    ///
+    /// Dropping a stream before its end cancels its query, and Postgres then aborts the transaction: `COMMIT` would roll
+    /// back and report success. Therefore, the next use of the connection fails with
+    /// [`TransactionAborted`](crate::ErrorKind::TransactionAborted). The use after that succeeds, so that you can send
+    /// `ROLLBACK` (second example). To stop early and keep the transaction, end the stream with
     /// [`drain`](crate::JsonStream::drain), or set a savepoint before it and send `ROLLBACK TO` afterwards.
     ///
     /// # Errors

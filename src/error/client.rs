@@ -45,7 +45,7 @@ pub(super) fn advice(error: &tokio_postgres::Error) -> &'static str {
         }
         SqlState::UNDEFINED_COLUMN => "; to refer to a key of the document, write data->>'key'",
         SqlState::INDETERMINATE_DATATYPE => {
-            "; parameters are numbered from $1 without gaps, and each call of where_sql continues the numbering: if all of them are used, add a cast such as $1::text"
+            "; number the parameters from $1 without gaps, across all calls of where_sql; if they are, add a cast such as $1::text"
         }
         SqlState::INVALID_PASSWORD => "; check user and password in the connection string",
         SqlState::INVALID_AUTHORIZATION_SPECIFICATION if db.message().contains("pg_hba.conf") => {
@@ -58,13 +58,21 @@ pub(super) fn advice(error: &tokio_postgres::Error) -> &'static str {
 
 /// Describes an error of tokio-postgres in one clause that begins with the server's message.
 pub(crate) fn describe(error: &tokio_postgres::Error) -> String {
-    let Some(db) = error.as_db_error() else {
-        return match error.source() {
-            Some(cause) => format!("{error}: {cause}"),
-            None => error.to_string(),
-        };
-    };
+    what(error) + &details(error)
+}
+
+/// Returns what failed, and its SQLSTATE.
+pub(super) fn what(error: &tokio_postgres::Error) -> String {
+    match (error.as_db_error(), error.source()) {
+        (Some(db), _) => format!("{} ({})", db.message(), db.code().code()),
+        (None, Some(cause)) => format!("{error}: {cause}"),
+        (None, None) => error.to_string(),
+    }
+}
+
+/// Returns the server's detail and hint, as clauses to append.
+pub(super) fn details(error: &tokio_postgres::Error) -> String {
+    let Some(db) = error.as_db_error() else { return String::new() };
     let more = |name, text: Option<&str>| text.map_or_else(String::new, |text| format!("; {name}: {text}"));
-    let (detail, hint) = (more("detail", db.detail()), more("hint", db.hint()));
-    format!("{} ({}){detail}{hint}", db.message(), db.code().code())
+    more("detail", db.detail()) + &more("hint", db.hint())
 }

@@ -1,6 +1,7 @@
 //! `Error`: what failed, why, and what to do about it.
 
 mod client;
+mod pace;
 
 use std::fmt::{self, Write as _};
 use std::io;
@@ -8,8 +9,9 @@ use std::sync::Arc;
 
 use tokio_postgres::error::{DbError, SqlState};
 
-use self::client::{advice, is_disconnect, is_io};
+use self::client::{advice, details, is_disconnect, is_io, what};
 pub(crate) use self::client::{describe, io_cause};
+pub(crate) use self::pace::pace;
 use crate::channel::{OneLine, Stats};
 
 /// A [`std::result::Result`] whose error type defaults to [`Error`].
@@ -34,7 +36,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// the underlying error. [`source`](std::error::Error::source) therefore returns `None`, so that reporters which print
 /// the whole chain do not repeat it; use [`get_ref`](Self::get_ref) or [`as_db_error`](Self::as_db_error) instead.
 ///
-/// The line contains no secrets. Control characters and line breaks in names and in the messages of Postgres and serde
+/// The line never contains a password. It can quote values of a row or a parameter, as the messages of Postgres and
+/// serde do. Control characters and line breaks in names and in the messages of Postgres and serde
 /// are escaped, as in `\n`. If the error ended a stream, the line also reports how far the stream got and, unless the
 /// connection or the task was lost, which side set the pace:
 ///
@@ -58,7 +61,10 @@ pub struct Error(Box<Inner>);
 struct Inner {
     kind: ErrorKind,
     entity: Option<Arc<str>>,
+    /// What failed, and why.
     message: String,
+    /// Details and what to do, as clauses to append.
+    more: String,
     stats: Option<Stats>,
     cause: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
@@ -249,7 +255,14 @@ impl Error {
     }
 
     fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self(Box::new(Inner { kind, entity: None, message: message.into(), stats: None, cause: None }))
+        Self(Box::new(Inner {
+            kind,
+            entity: None,
+            message: message.into(),
+            more: String::new(),
+            stats: None,
+            cause: None,
+        }))
     }
 
     /// Creates the error of an invalid setting; nothing was sent to Postgres.
@@ -278,7 +291,9 @@ impl Error {
     /// Creates the error of a request on a connection that was open.
     pub(crate) fn query(cause: tokio_postgres::Error) -> Self {
         let kind = if is_disconnect(&cause) { ErrorKind::Disconnected } else { ErrorKind::Query };
-        Self::new(kind, describe(&cause) + advice(&cause)).caused_by(cause)
+        let mut error = Self::new(kind, what(&cause));
+        error.0.more = details(&cause) + advice(&cause);
+        error.caused_by(cause)
     }
 
     /// Creates the error of using a connection that was lost earlier, or closed because a query could not be cancelled.
@@ -286,10 +301,10 @@ impl Error {
         Self::new(ErrorKind::Disconnected, "the connection is closed; connect again")
     }
 
-    /// Creates the error of starting a stream outside of a tokio runtime.
+    /// Creates the error of connecting or starting a stream outside of a tokio runtime.
     pub(crate) fn no_runtime() -> Self {
         Self::config(
-            "cannot start the stream: there is no tokio runtime; await it inside a runtime, or call Runtime::enter first",
+            "there is no tokio runtime; await the future inside a runtime, or call Runtime::enter first",
         )
     }
 
@@ -334,7 +349,7 @@ impl Error {
 
     /// Appends `note` to the text.
     pub(crate) fn with_note(mut self, note: &str) -> Self {
-        self.0.message = format!("{}; {note}", self.0.message);
+        self.0.more = format!("{}; {note}", self.0.more);
         self
     }
 
@@ -355,17 +370,20 @@ const CHECK_ADDRESS: &str = "; check host and port, and that Postgres accepts co
 /// Writes the whole error on one line.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Inner { kind, entity, message, stats, .. } = &*self.0;
+        let Inner { kind, entity, message, more, stats, .. } = &*self.0;
         let mut line = OneLine(f);
         if let Some(entity) = entity {
             write!(line, "{entity}: ")?;
         }
         line.write_str(message)?;
+        if let Some(stats) = stats {
+            write!(line, " {}", stats.progress())?;
+        }
+        line.write_str(more)?;
         match (kind, stats) {
-            (_, None) => Ok(()),
             // Neither side's pace caused this error, so a verdict would mislead.
-            (ErrorKind::Disconnected | ErrorKind::Lost, Some(stats)) => write!(line, " {}", stats.progress()),
-            (_, Some(stats)) => write!(line, " {}", stats.summary()),
+            (ErrorKind::Disconnected | ErrorKind::Lost, _) | (_, None) => Ok(()),
+            (_, Some(stats)) => write!(line, "; {}", pace(stats)),
         }
     }
 }

@@ -8,8 +8,6 @@ use opentelemetry_otlp::ExporterBuildError;
 use super::settings::Signal;
 use crate::channel::OneLine;
 
-type Source = Box<dyn Error + Send + Sync + 'static>;
-
 /// An error met while setting up telemetry.
 ///
 /// The text is one line and includes the cause, so [`source`](Error::source) returns `None`; the underlying error is
@@ -57,7 +55,7 @@ pub enum InitErrorKind {
 /// ```no_run
 /// # async fn example(telemetry: fraiseql_stream::otlp::Guard) {
 /// if let Err(error) = telemetry.shutdown().await {
-///     eprintln!("{error}"); // the last traces, metrics were not delivered to http://localhost:4318: ...
+///     eprintln!("{error}"); // the last traces and metrics were not delivered to http://localhost:4318: ...
 /// }
 /// # }
 /// ```
@@ -92,7 +90,7 @@ struct Inner<K> {
     kind: K,
     /// Includes the text of the source.
     message: String,
-    source: Option<Source>,
+    source: Option<Box<dyn Error + Send + Sync>>,
 }
 
 impl InitError {
@@ -135,15 +133,15 @@ impl InitError {
                 (InitErrorKind::Exporter, ExporterBuildError::InternalFailure(redacted(text)))
             }
         };
-        Self::caused(kind, &format!("cannot create the exporter to {}", signal.place), source)
+        Self::caused(kind, &format!("cannot create the exporter for {}", signal.place), source)
     }
 
     /// What carries OTLP cannot be created.
-    pub(super) fn transport(what: &str, source: impl Into<Source>) -> Self {
+    pub(super) fn transport(what: &str, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self::caused(InitErrorKind::Transport, &format!("cannot create {what}"), source)
     }
 
-    fn caused(kind: InitErrorKind, what: &str, source: impl Into<Source>) -> Self {
+    fn caused(kind: InitErrorKind, what: &str, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         let source = source.into();
         Self(Box::new(Inner { kind, message: with_causes(what, &*source), source: Some(source) }))
     }
@@ -184,7 +182,7 @@ impl ShutdownError {
     pub(super) fn new(
         kind: ShutdownErrorKind,
         message: impl Into<String>,
-        source: Option<impl Into<Source>>,
+        source: Option<impl Into<Box<dyn Error + Send + Sync>>>,
     ) -> Self {
         Self(Box::new(Inner { kind, message: message.into(), source: source.map(Into::into) }))
     }
@@ -196,7 +194,7 @@ impl ShutdownError {
 
     pub(super) fn panicked() -> Self {
         let message = "the thread that flushes telemetry panicked";
-        Self::new(ShutdownErrorKind::Thread, message, None::<Source>)
+        Self::new(ShutdownErrorKind::Thread, message, None::<Box<dyn Error + Send + Sync>>)
     }
 }
 

@@ -10,14 +10,14 @@ use opentelemetry_sdk::error::{OTelSdkError, OTelSdkResult};
 use super::error::{ShutdownError, ShutdownErrorKind};
 use super::providers::Providers;
 use super::report::{Health, unreachable};
-use crate::telemetry::spans_are_open;
+use crate::telemetry::{SCOPE, spans_are_open};
 
 /// Each signal and the place it is exported to.
 pub(super) type Places = Vec<(&'static str, String)>;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Owns the providers: telemetry is exported while it lives, and flushed at its end.
+/// A guard that owns the providers: telemetry is exported while it lives, and flushed when it is shut down or dropped.
 ///
 /// Keep it until all streams have ended, then call [`shutdown`](Self::shutdown). Dropping the guard also flushes, but
 /// blocks the thread for up to the timeout, and loses the span of a stream that was dropped just before and whose query
@@ -148,7 +148,7 @@ impl Drop for Guard {
     }
 }
 
-type Work = Box<dyn FnOnce() -> OTelSdkResult + Send>;
+type Step = Box<dyn FnOnce() -> OTelSdkResult + Send>;
 
 struct Flush {
     providers: Providers,
@@ -165,7 +165,7 @@ impl Flush {
     fn run(mut self, deadline: Instant) -> Result<(), ShutdownError> {
         let (sent, results) = mpsc::channel();
         let mut pending = Vec::new();
-        let mut flush = |signal: &'static str, flush: Work, shutdown: Work| {
+        let mut flush = |signal: &'static str, flush: Step, shutdown: Step| {
             let sent = sent.clone();
             pending.push(signal);
             // The receiver is gone only when the deadline has passed.
@@ -220,18 +220,18 @@ impl Flush {
                 (ShutdownErrorKind::Timeout, why, None)
             }
         };
-        let (signals_text, places) = (signals.join(", "), places.join(", "));
+        let (signals_text, places) = (signals.join(" and "), places.join(" and "));
         let message = format!("the last {signals_text} were not delivered to {places}: {why}");
         let error = ShutdownError::new(kind, message, source);
         if self.health.is_first_failure(&signals) {
-            tracing::warn!("{error}");
+            tracing::warn!(target: SCOPE, "{error}");
         }
         Err(error)
     }
 }
 
 /// Flushes, then shuts down: a shutdown alone reports success even if its last export failed.
-fn end(flush: Work, shutdown: Work, report: impl FnOnce(OTelSdkResult)) {
+fn end(flush: Step, shutdown: Step, report: impl FnOnce(OTelSdkResult)) {
     match flush() {
         Ok(()) => report(shutdown()),
         Err(error) => {

@@ -81,7 +81,7 @@ pub use guard::Guard;
 use self::providers::Providers;
 use self::report::Health;
 use self::settings::{Settings, Signal};
-use crate::telemetry::Instruments;
+use crate::telemetry::{Instruments, SCOPE};
 
 /// Sets up metrics, traces and logs from the environment: sets the global meter and tracer providers, and installs a
 /// `tracing` subscriber that exports spans and logs and prints warnings to standard error.
@@ -109,6 +109,7 @@ pub fn init() -> Result<Guard, InitError> {
     let subscriber = tracing_subscriber::registry().with(guard.layer()).with(warnings_to_stderr());
     if subscriber.try_init().is_err() {
         tracing::warn!(
+            target: SCOPE,
             "spans and logs are not exported: a tracing subscriber is already installed; call otlp::set_global_providers() instead of otlp::init(), and add guard.layer() to your subscriber"
         );
     }
@@ -251,7 +252,7 @@ where
 fn log(warnings: &[String]) {
     for warning in warnings {
         if tracing::enabled!(Level::WARN) {
-            tracing::warn!("{warning}");
+            tracing::warn!(target: SCOPE, "{warning}");
         } else {
             // No subscriber is installed yet, or warnings are compiled out. A standard error that is closed is no
             // reason to fail.

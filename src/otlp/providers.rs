@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use super::error::InitError;
 use super::report::{Health, Reported};
-use super::settings::{Batch, Exporter, Protocol, Settings, Signal};
+use super::settings::{BatchLimits, Exporter, Protocol, Settings, Signal};
 use crate::telemetry::{ENDS, MAX_ENTITIES};
 
 /// Instruments with attributes beside `entity`, and their number of series per entity: the SDK's default limit of
@@ -185,7 +185,7 @@ fn tracer(
             Exporter::Console => builder.with_simple_exporter(opentelemetry_stdout::SpanExporter::default()),
             Exporter::Otlp => {
                 let exporter = Reported::new(exporter!(SpanExporter, signal, transport), signal, health);
-                let Batch { queue, most, delay } = settings.spans;
+                let BatchLimits { queue, most, delay } = settings.spans;
                 let bounds = SpanBatch::default()
                     .with_max_queue_size(queue)
                     .with_max_export_batch_size(most)
@@ -241,7 +241,7 @@ fn logger(
             Exporter::Console => builder.with_simple_exporter(opentelemetry_stdout::LogExporter::default()),
             Exporter::Otlp => {
                 let exporter = Reported::new(exporter!(LogExporter, signal, transport), signal, health);
-                let Batch { queue, most, delay } = settings.records;
+                let BatchLimits { queue, most, delay } = settings.records;
                 let bounds = RecordBatch::default()
                     .with_max_queue_size(queue)
                     .with_max_export_batch_size(most)

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::net::{TcpStream, ToSocketAddrs};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use opentelemetry_sdk::Resource;
@@ -15,6 +15,8 @@ use opentelemetry_sdk::trace::{SpanData, SpanExporter};
 use reqwest::Url;
 
 use super::settings::Signal;
+use crate::sync::lock;
+use crate::telemetry::SCOPE;
 
 /// The export health of all signals of one guard.
 #[derive(Debug, Default)]
@@ -26,7 +28,7 @@ pub(super) struct Health {
 impl Health {
     /// Records that these signals fail. Returns whether no signal was failing before.
     pub(super) fn is_first_failure(&self, signals: &[&'static str]) -> bool {
-        let mut failing = self.failing();
+        let mut failing = lock(&self.failing);
         let is_first = failing.is_empty();
         failing.extend(signals);
         is_first
@@ -34,13 +36,13 @@ impl Health {
 
     /// Records the result of an export. Logs the first failure, and the recovery of the last failing signal.
     fn record(&self, signal: &'static str, place: &str, result: &OTelSdkResult) {
-        let mut failing = self.failing();
+        let mut failing = lock(&self.failing);
         let before = failing.len();
         failing.retain(|other| *other != signal);
         match result {
             Ok(()) if before > 0 && failing.is_empty() => {
                 drop(failing);
-                tracing::info!("exporting to {place} recovered");
+                tracing::info!(target: SCOPE, "exporting to {place} recovered");
             }
             Ok(()) => {}
             Err(error) => {
@@ -49,15 +51,12 @@ impl Health {
                 if before == 0 {
                     let why = unreachable(place).unwrap_or_else(|| error.to_string());
                     tracing::warn!(
+                        target: SCOPE,
                         "exporting {signal} to {place} failed: {why}; rows are not affected, and further failures are not logged until export recovers"
                     );
                 }
             }
         }
-    }
-
-    fn failing(&self) -> MutexGuard<'_, Vec<&'static str>> {
-        self.failing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -17,8 +17,8 @@ pub(super) struct Settings {
     pub(super) metrics: Signal,
     pub(super) logs: Signal,
     pub(super) sampler: Sampler,
-    pub(super) spans: Batch,
-    pub(super) records: Batch,
+    pub(super) spans: BatchLimits,
+    pub(super) records: BatchLimits,
     pub(super) metric_interval: Duration,
     pub(super) service_name: Option<String>,
     pub(super) resource: Vec<KeyValue>,
@@ -56,7 +56,7 @@ pub(super) enum Protocol {
 
 /// The bounds of a batch processor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Batch {
+pub(super) struct BatchLimits {
     pub(super) queue: usize,
     pub(super) most: usize,
     pub(super) delay: Duration,
@@ -88,11 +88,11 @@ impl Settings {
     }
 }
 
-fn batch(env: &mut Variables<'_>, kind: &str, delay: u64) -> Batch {
+fn batch(env: &mut Variables<'_>, kind: &str, delay: u64) -> BatchLimits {
     let queue = env.positive(&format!("OTEL_{kind}_MAX_QUEUE_SIZE"), 2_048);
     let most = env.positive(&format!("OTEL_{kind}_MAX_EXPORT_BATCH_SIZE"), 512_usize);
     let delay = env.positive(&format!("OTEL_{kind}_SCHEDULE_DELAY"), delay);
-    Batch { queue, most: most.min(queue), delay: Duration::from_millis(delay) }
+    BatchLimits { queue, most: most.min(queue), delay: Duration::from_millis(delay) }
 }
 
 fn signal(env: &mut Variables<'_>, name: &'static str, export_timeout: &str) -> Signal {
@@ -158,7 +158,7 @@ fn protocol(env: &mut Variables<'_>, signal: &str) -> Protocol {
     let expected = match value.to_ascii_lowercase().as_str() {
         "http/protobuf" => return Protocol::HttpProtobuf,
         "grpc" if cfg!(feature = "otlp-grpc") => return Protocol::Grpc,
-        "grpc" => "http/protobuf, as the cargo feature otlp-grpc is off",
+        "grpc" => "http/protobuf, or grpc with the cargo feature otlp-grpc",
         _ => "http/protobuf or grpc",
     };
     env.refuse((&name, &value), expected, "http/protobuf");
@@ -209,7 +209,7 @@ fn sampler(env: &mut Variables<'_>) -> Sampler {
             Sampler::TraceIdRatioBased(env.ratio("OTEL_TRACES_SAMPLER_ARG"))
         }
         _ => {
-            let expected = "always_on, always_off, traceidratio or one of them after parentbased_";
+            let expected = "always_on, always_off or traceidratio, optionally prefixed with parentbased_";
             env.refuse((name, &value), expected, "parentbased_always_on");
             return default;
         }
@@ -264,7 +264,7 @@ mod tests {
         assert!(!settings.disabled && settings.warnings.is_empty());
         assert_eq!(settings.traces.exporters, [Exporter::Otlp]);
         assert_eq!(settings.logs.protocol, Protocol::HttpProtobuf);
-        assert_eq!(settings.spans, Batch { queue: 2_048, most: 512, delay: Duration::from_secs(5) });
+        assert_eq!(settings.spans, BatchLimits { queue: 2_048, most: 512, delay: Duration::from_secs(5) });
         assert_eq!(settings.records.delay, Duration::from_secs(1));
         assert_eq!(settings.metric_interval, Duration::from_secs(60));
         assert!(matches!(settings.sampler, Sampler::ParentBased(_)));

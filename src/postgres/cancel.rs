@@ -27,7 +27,7 @@ const CANCEL_RETRY_INTERVAL: Duration = Duration::from_millis(25);
 
 /// Asks Postgres to cancel until `end` resolves, which it must do when nothing runs any more. Opens a span of its own
 /// below that of the query. Returns `false` if the connection must be closed.
-pub(super) async fn cancel(
+pub(super) async fn request_until(
     peer: &Peer,
     token: &CancelToken,
     query: &QuerySpan,
@@ -49,7 +49,7 @@ pub(super) async fn cancel(
         Err(_) => format!("it did not end within {} s", CLEANUP_TIMEOUT.as_secs()),
     };
     span.record("otel.status_code", "error");
-    tracing::warn!(parent: &span, "cannot cancel the query of a dropped stream: {why}; its connection is closed");
+    tracing::warn!(target: SCOPE, parent: &span, "cannot cancel the query of a dropped stream: {why}; its connection is closed");
     false
 }
 
@@ -71,7 +71,7 @@ async fn send_requests(peer: &Peer, token: &CancelToken, end: impl Future<Output
         // If the socket could not be opened, nothing was sent, and the next attempt may succeed.
         if let Ok(socket) = socket {
             // Awaited even if `end` resolves meanwhile, because the request could reach the next query.
-            socket.cancel(token).await?;
+            socket.send(token).await?;
         }
         if timeout(retry_interval, &mut end).await.is_ok() {
             return Ok(());
@@ -99,7 +99,7 @@ impl CancelSocket {
 
     /// Sends the request and waits until Postgres has acted on it: the server signals the backend before it closes the
     /// socket.
-    async fn cancel(self, token: &CancelToken) -> io::Result<()> {
+    async fn send(self, token: &CancelToken) -> io::Result<()> {
         match self {
             Self::Tcp(socket) => cancel_on(socket, token).await,
             #[cfg(unix)]

@@ -75,7 +75,7 @@ pub(crate) fn parse(connection: &str) -> Result<Config, Error> {
     let database = config.get_dbname().is_some_and(|name| name.contains('@'));
     if is_url && (database || config.get_hosts().iter().any(host)) {
         return Err(Error::config(
-            "the host or the database in the connection string contains an @; write an @ in a password as %40",
+            "invalid connection string: its host or database contains \"@\"; write \"@\" in a password as %40",
         ));
     }
     check(&config)?;
@@ -89,7 +89,7 @@ pub(crate) fn check(config: &Config) -> Result<(), Error> {
     }
     if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
         return Err(Error::config(
-            "no host to connect to; add host=... to the connection string, or use postgres://user@host/database",
+            "invalid configuration: it names no host; set one, as in postgres://user@host/database or host=...",
         ));
     }
     Ok(())
@@ -104,20 +104,20 @@ fn parse_error(connection: &str, error: &tokio_postgres::Error) -> String {
     match strict.iter().find(asked) {
         Some(mode) if cause.contains("sslmode") => no_tls(mode),
         // The name could be the rest of a password with a space in it.
-        _ if cause.contains("unknown option") => "the connection string has an option that is not known (not shown: it may be part of an unquoted password); see the list of libpq, without TLS files".to_owned(),
-        _ => format!("the connection string does not parse as postgres://user:password@host/database or as key=value pairs: {cause}"),
+        _ if cause.contains("unknown option") => "invalid connection string: unknown option (not shown, since it may be part of a password that is not quoted); use the options of tokio_postgres::Config, and quote a value that contains a space".to_owned(),
+        _ => format!("invalid connection string: {cause}; write postgres://user:password@host/database, or key=value pairs"),
     }
 }
 
 fn no_tls(mode: &str) -> String {
     format!(
-        "sslmode={mode} asks for what this version does not have: it speaks no TLS yet, and never falls back to plaintext silently; use sslmode=disable or prefer on a network that you trust"
+        "sslmode={mode} is not supported: this version has no TLS, and never falls back to plaintext; use sslmode=disable on a network that you trust"
     )
 }
 
-/// Connects to the first host and address that answers and suits.
+/// Connects to the first address that accepts the connection.
 pub(crate) async fn connect(config: &Config) -> Result<(Client, Wire, Peer), Error> {
-    let mut last = Error::config("the connection string names no host");
+    let mut last = Error::config("invalid configuration: it names no host");
     for (host, port) in candidates(config)? {
         for peer in resolve(&host, port).await.unwrap_or_else(|error| {
             last = error;
@@ -132,7 +132,7 @@ pub(crate) async fn connect(config: &Config) -> Result<(Client, Wire, Peer), Err
     Err(last)
 }
 
-/// A host as named, and the address to use for it if one was given.
+/// A host, and its address if `hostaddr` gives one.
 type Named = (Host, Option<std::net::IpAddr>);
 
 fn candidates(config: &Config) -> Result<Vec<(Named, u16)>, Error> {
@@ -140,14 +140,14 @@ fn candidates(config: &Config) -> Result<Vec<(Named, u16)>, Error> {
     let count = hosts.len().max(addrs.len());
     if !hosts.is_empty() && !addrs.is_empty() && hosts.len() != addrs.len() {
         return Err(Error::config(format!(
-            "{} hosts but {} hostaddrs in the connection string",
+            "invalid configuration: {} hosts but {} hostaddrs; give one hostaddr for each host",
             hosts.len(),
             addrs.len()
         )));
     }
     if ports.len() > 1 && ports.len() != count {
         return Err(Error::config(format!(
-            "{count} hosts but {} ports in the connection string",
+            "invalid configuration: {count} hosts but {} ports; give one port, or one for each host",
             ports.len()
         )));
     }
@@ -172,7 +172,8 @@ async fn resolve((host, addr): &Named, port: u16) -> Result<Vec<Peer>, Error> {
         (Host::Tcp(host), Some(ip)) => Ok(vec![Peer::Tcp { host: host.clone(), addr: (*ip, port).into() }]),
         (Host::Tcp(host), None) => {
             let found = tokio::time::timeout(CONNECT_TIMEOUT, lookup_host((host.as_str(), port))).await;
-            let found = found.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+            let found =
+                found.unwrap_or_else(|_| Err(timed_out("the name was not resolved", CONNECT_TIMEOUT)));
             let found = found.map_err(|error| Error::unreachable(format_args!("{host}:{port}"), error))?;
             Ok(found.map(|addr| Peer::Tcp { host: host.clone(), addr }).collect())
         }
@@ -185,17 +186,15 @@ pub(crate) async fn connect_one(config: &Config, peer: &Peer) -> Result<(Client,
     match tokio::time::timeout(limit, narrowed.connect(NoTls)).await {
         Ok(Ok(connected)) => Ok(connected),
         Ok(Err(error)) => Err(Error::connect(peer, error)),
-        Err(_) => Err(Error::unreachable(
-            peer,
-            io::Error::new(
-                io::ErrorKind::TimedOut,
-                format!("no answer within {} s (connect_timeout)", limit.as_secs()),
-            ),
-        )),
+        Err(_) => Err(Error::unreachable(peer, timed_out("no answer", limit))),
     }
 }
 
-/// The same settings for one address only.
+fn timed_out(what: &str, limit: Duration) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, format!("{what} within {limit:?}"))
+}
+
+/// Returns the same settings for one address.
 fn narrow(config: &Config, peer: &Peer) -> Config {
     let mut one = Config::new();
     match peer {
@@ -220,11 +219,11 @@ fn narrow(config: &Config, peer: &Peer) -> Config {
     one
 }
 
-/// A word for the log where rows cross a network in the clear and nobody has asked for that.
+/// Returns a warning if rows cross a network unencrypted and `sslmode=disable` was not set.
 pub(crate) fn plaintext_warning(config: &Config, peer: &Peer) -> Option<String> {
     let remote = matches!(peer, Peer::Tcp { addr, .. } if !addr.ip().is_loopback());
     (remote && config.get_ssl_mode() != SslMode::Disable).then(|| {
-        format!("connected to {peer} without TLS, which this version does not speak: rows and queries cross the network in plaintext; say sslmode=disable if that is meant")
+        format!("connection to {peer} is not encrypted: this version has no TLS, so queries and rows are sent in plaintext; set sslmode=disable to accept this")
     })
 }
 
@@ -246,7 +245,7 @@ mod tests {
                 format!("host=h user=u sslmode={mode}"),
                 format!("host=h user=u sslmode = '{mode}'"),
             ] {
-                assert!(refusal(&form).starts_with(&format!("sslmode={mode} asks for")), "{form}");
+                assert!(refusal(&form).starts_with(&format!("sslmode={mode} is not supported")), "{form}");
             }
         }
         assert!(parse("postgres://u@h/d?sslmode=disable").is_ok());
@@ -258,7 +257,7 @@ mod tests {
             let config = parse(&format!("postgres://u@h/d{mode}")).unwrap();
             plaintext_warning(&config, &Peer::Tcp { host: "h".to_owned(), addr: addr.parse().unwrap() })
         };
-        assert!(warning("", "192.0.2.1:5432").unwrap().contains("h:5432 (192.0.2.1) without TLS"));
+        assert!(warning("", "192.0.2.1:5432").unwrap().contains("h:5432 (192.0.2.1) is not encrypted"));
         assert!(warning("?sslmode=prefer", "[2001:db8::1]:5432").is_some());
         assert_eq!(warning("?sslmode=disable", "192.0.2.1:5432"), None);
         assert_eq!(warning("", "127.0.0.1:5432"), None);

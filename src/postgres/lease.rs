@@ -149,7 +149,7 @@ impl Lease {
         let session = &self.session;
         session.unseen_failure().store(true, Ordering::Relaxed);
         let token = session.sender().cancel_token();
-        if !cancel::cancel(session.peer(), &token, &self.span, end).await {
+        if !cancel::request_until(session.peer(), &token, &self.span, end).await {
             session.discard();
         }
     }

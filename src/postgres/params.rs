@@ -40,13 +40,21 @@ pub(crate) fn encode(values: &[&(dyn ToSql + Sync)], types: &[Type]) -> Result<V
     let encode = |(index, (value, ty)): (usize, (&&(dyn ToSql + Sync), &Type))| {
         let mut bytes = BytesMut::new();
         let is_null = value.to_sql_checked(ty, &mut bytes).map_err(|why| {
-            let number = index + 1;
-            Error::statement(format!("parameter ${number} is of type {ty} in the query: {why}; pass a value of that type, or cast it in where_sql: ${number}::text::{ty}"))
+            let (number, advice) = (index + 1, advice(index + 1, ty));
+            Error::statement(format!("parameter ${number} does not accept the value: {why}; {advice}"))
         })?;
         let bytes = matches!(is_null, IsNull::No).then(|| bytes.freeze());
         Ok(Value { bytes, format: value.encode_format(ty) })
     };
     values.iter().zip(types).enumerate().map(encode).collect()
+}
+
+fn advice(number: usize, ty: &Type) -> String {
+    if *ty == Type::TEXT {
+        // As in data->>'key' = $1 with a number.
+        return format!("pass a string, or cast the other side, as in (data->>'key')::int8 = ${number}");
+    }
+    format!("pass a value of type {ty}, or pass a string and write ${number}::text::{ty} in where_sql")
 }
 
 /// Writes a count with its noun: `1 value`, `2 values`.

@@ -15,6 +15,7 @@ use super::cancel::CLEANUP_TIMEOUT;
 use super::connect::{self, Peer};
 use super::statements::Statements;
 use crate::error::{Error, ErrorKind, describe, io_cause};
+use crate::telemetry::SCOPE;
 
 /// The time in which the server must answer after a connection was lost, to count as alive.
 const LIVENESS_TIMEOUT: Duration = Duration::from_secs(1);
@@ -45,7 +46,7 @@ impl Session {
     pub(crate) async fn connect(config: Config, statement_cache: usize) -> Result<Self, Error> {
         let (client, connection, peer) = connect::connect(&config).await?;
         if let Some(warning) = connect::plaintext_warning(&config, &peer) {
-            tracing::warn!("{warning}");
+            tracing::warn!(target: SCOPE, "{warning}");
         }
         let schema = connection.parameter("search_path").and_then(first_schema);
         let loss = Arc::new(OnceLock::new());

@@ -51,7 +51,7 @@ fn clause(before: &str, text: &str, after: &str) -> String {
 fn quote(entity: &str) -> Result<String, Error> {
     let parts = split(entity).map_err(|why| {
         Error::config(format!(
-            "invalid entity {entity:?}: {why}; write name, schema.name or \"a.dot\".\"inside\""
+            "invalid entity {entity:?}: {why}; write name or schema.name, with double quotes around a part that contains a dot"
         ))
     })?;
     let quoted: Vec<_> = parts.iter().map(|part| format!("\"{}\"", part.replace('"', "\"\""))).collect();

@@ -20,9 +20,16 @@ use crate::error::Result;
 ///
 /// # Errors
 ///
-/// A row that does not deserialize into `T` yields an error of kind [`Decode`](crate::ErrorKind::Decode) with the
-/// number of the row; the stream continues with the next row. An error of Postgres ends the stream, after all rows
-/// that precede it. A stream that ends without an error has returned every row.
+/// - [`Decode`](crate::ErrorKind::Decode) if a row does not deserialize into `T`. The error has the number of the row,
+///   and the stream continues with the next row.
+/// - [`Query`](crate::ErrorKind::Query) if Postgres ends the query with an error.
+/// - [`Statement`](crate::ErrorKind::Statement) if the statement was cached, and the column `data` is no longer json or
+///   jsonb.
+/// - [`Disconnected`](crate::ErrorKind::Disconnected) if the connection is lost.
+/// - [`Lost`](crate::ErrorKind::Lost) if the task that reads from Postgres panicked, or its runtime was shut down.
+///
+/// Every error but `Decode` ends the stream. It follows all rows that precede it, and the stream then returns `None`. A
+/// stream that ends without such an error has returned every row.
 ///
 /// # Cancel safety
 ///
@@ -104,9 +111,11 @@ impl<T: FromJson, C> JsonStream<T, C> {
         self.reader.next_ready()
     }
 
-    /// Waits for a row and returns it together with the rest of its chunk. The vector is never empty and holds at
-    /// most [`chunk_size`](crate::Query::chunk_size) rows. Returns `None` at the end of the stream. For batches of at
-    /// least some size, use `chunks` of `futures::StreamExt`; its `get_ref` and `into_inner` lead back to this stream.
+    /// Waits for a row and returns it together with the rest of its chunk.
+    ///
+    /// The vector is never empty and holds at most [`chunk_size`](crate::Query::chunk_size) rows. Returns `None` at the
+    /// end of the stream. For batches of a fixed size, use `chunks` of `futures::StreamExt`, whose `get_ref` and
+    /// `into_inner` give access to this stream.
     ///
     /// # Errors
     ///
@@ -177,6 +186,16 @@ impl<T: FromJson, C> JsonStream<T, C> {
     }
 
     /// Ends a [`pause`](Self::pause). The next poll does the same. Has no effect if the stream is not paused.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn example(mut stream: fraiseql_stream::JsonStream<serde_json::Value>) {
+    /// stream.pause();
+    /// tokio::time::sleep(std::time::Duration::from_secs(60)).await;
+    /// stream.resume(); // from here on, the time counts again, even before the next poll
+    /// # }
+    /// ```
     pub fn resume(&mut self) {
         self.reader.resume();
     }
@@ -194,7 +213,8 @@ impl<T: FromJson, C: Hold> JsonStream<T, C> {
     ///
     /// # Cancel safety
     ///
-    /// If the future is dropped, the clean-up still takes place.
+    /// If the future is dropped, the clean-up still takes place. If it owns the connection, the connection is closed
+    /// after that.
     ///
     /// # Examples
     ///
@@ -227,7 +247,8 @@ impl<T: FromJson, C: Hold> JsonStream<T, C> {
     ///
     /// # Cancel safety
     ///
-    /// If the future is dropped, the query is cancelled, which aborts a transaction in which it runs.
+    /// If the future is dropped, the query is cancelled, which aborts a transaction in which it runs. If the future owns
+    /// the connection, the connection is closed after that.
     ///
     /// # Examples
     ///

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::task::Poll;
 
 use tokio::runtime::Handle;
+use tokio_postgres::Statement;
 use tokio_postgres::types::ToSql;
 
 use super::decode::FromJson;
@@ -16,7 +17,7 @@ use super::task::{Task, launch_unprepared};
 use crate::channel::{Clock, Limits, Observer, Watchdog, bounded};
 use crate::connection::{Connection, Hold};
 use crate::error::{Error, ErrorKind, Result};
-use crate::postgres::{self, Lease, Sql};
+use crate::postgres::{self, Lease, Session, Sql, Value};
 use crate::telemetry::{Heartbeat, QueryInfo, Recorder};
 
 /// A query for the JSON documents of one entity. Created by [`Connection::query`] and [`Connection::into_query`].
@@ -56,8 +57,9 @@ pub struct Query<'p, T, C> {
 impl Connection {
     /// Returns a query for the column `data` of a table or view. Its stream borrows this connection.
     ///
-    /// `entity` is the name of a relation, or `schema.name`. It is quoted as an identifier, so case matters, and it is
-    /// never interpreted as SQL. It is also the value of the attribute `entity` of all metrics: keep the number of
+    /// `entity` is the name of the table or view, optionally with its schema: `orders`, `sales.orders`. Put double quotes
+    /// around a part that contains a dot: `"my.schema".orders`. The name is quoted as an identifier, so case matters, and
+    /// it is never interpreted as SQL. It is also the value of the attribute `entity` of all metrics: keep the number of
     /// distinct entities small.
     ///
     /// # Examples
@@ -187,6 +189,8 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
 
     /// Limits the result to `rows` rows (`LIMIT`). By default, there is no limit.
     ///
+    /// Applies before [`where_rust`](Self::where_rust), which can reduce the result further.
+    ///
     /// # Examples
     ///
     /// ```no_run
@@ -201,6 +205,8 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
     }
 
     /// Skips the first `rows` rows (`OFFSET`). Defaults to 0.
+    ///
+    /// Applies before [`where_rust`](Self::where_rust), which can reduce the result further.
     ///
     /// # Examples
     ///
@@ -219,7 +225,7 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
     /// is never held back. Defaults to 128.
     ///
     /// Larger chunks mean fewer hand-overs between tasks and coarser statistics. The channel holds at most 256 rows, or
-    /// one chunk if that is larger.
+    /// one chunk if that is larger. With 0, [`stream`](Self::stream) fails with `Config`.
     ///
     /// # Examples
     ///
@@ -239,7 +245,8 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
     /// larger row passes alone. Defaults to 16 MiB.
     ///
     /// Whichever is reached first applies: this limit, or that of 256 rows (see [`chunk_size`](Self::chunk_size)). The
-    /// buffers of the kernel are not counted: about 4 MB for loopback TCP, 0.2 MB for a Unix socket.
+    /// buffers of the kernel are not counted: about 4 MB for loopback TCP, 0.2 MB for a Unix socket. With 0,
+    /// [`stream`](Self::stream) fails with `Config`.
     ///
     /// # Examples
     ///
@@ -258,25 +265,27 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
     /// Sends the query and returns the stream of its rows. Does not wait for a row: statistics begin, and the query can
     /// be cancelled, from here on.
     ///
-    /// The first time this text is sent on a connection, Postgres prepares it before this method returns. Later, the
-    /// statement is taken from the cache, and an error of Postgres is the first item of the stream.
+    /// The first time this text is sent on a connection, Postgres prepares it before this method returns. While the
+    /// statement is cached, an error is the first item of the stream instead.
     ///
     /// Opens a query span below the current span of the caller.
     ///
     /// # Errors
     ///
-    /// - [`Config`](crate::ErrorKind::Config) if a setting is invalid.
+    /// - [`Config`](crate::ErrorKind::Config) if a setting is invalid, or there is no tokio runtime.
     /// - [`Statement`](crate::ErrorKind::Statement) if the values do not fit the parameters, or the column `data` is
     ///   not json or jsonb.
     /// - [`Query`](crate::ErrorKind::Query) if Postgres rejects the statement, for example because the relation does
     ///   not exist.
-    /// - [`Disconnected`](crate::ErrorKind::Disconnected) if the connection is lost.
+    /// - [`Disconnected`](crate::ErrorKind::Disconnected) if the connection is lost, and [`Lost`](crate::ErrorKind::Lost)
+    ///   if the runtime is shut down.
     /// - [`TransactionAborted`](crate::ErrorKind::TransactionAborted), once, if a previously dropped stream has aborted
     ///   your transaction.
     ///
     /// # Cancel safety
     ///
-    /// If the future is dropped, the query is cancelled and the connection stays clean.
+    /// If the future is dropped, the query is cancelled and the connection stays clean. If the future owns the
+    /// connection, the connection is closed after that.
     ///
     /// # Examples
     ///
@@ -321,15 +330,11 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
         let task = Task { lease, text, sender, handover: handover.clone() };
         let launch = |work: Work| Launch::new(runtime, watchdog, (work, handover), heartbeat);
 
-        let kept = session.statement(&task.text).and_then(|statement| {
-            // Values that do not fit may fit when it is prepared again: the types of its parameters can change.
-            let values = postgres::encode(&self.values, statement.params()).ok()?;
-            Some((statement, values))
-        });
+        let cached = self.cached(&session, &task.text);
         let unseen_failure = Arc::clone(session.unseen_failure());
         // The task alone keeps the session from here on, until it gives back the turn.
         drop(session);
-        let launched = match kept {
+        let launched = match cached {
             Some((statement, values)) => Ok(launch(Box::pin(task.query(statement, values)))),
             None => launch_unprepared(task, launch, &mut receiver, &self.values).await,
         };
@@ -351,7 +356,15 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
         }
     }
 
-    /// What can be checked before anything is sent.
+    /// Returns the cached statement for a text, with the encoded values. Values that do not fit may fit when the
+    /// statement is prepared again, because the types of its parameters can change.
+    fn cached(&self, session: &Session, text: &str) -> Option<(Statement, Vec<Value>)> {
+        let statement = session.statement(text)?;
+        let values = postgres::encode(&self.values, statement.params()).ok()?;
+        Some((statement, values))
+    }
+
+    /// Checks what can be checked before anything is sent.
     fn check(&self) -> Result<(Limits, String, Handle)> {
         let limits = Limits::new(self.chunk_size, self.max_memory).map_err(Error::config)?;
         let text = self.sql.text()?;

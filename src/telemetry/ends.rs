@@ -7,7 +7,8 @@ use crate::sync::lock;
 
 /// The kinds of errors that can end a stream once Postgres has accepted its query. Their series begin at zero. A kind
 /// that is missing here is counted too, but its series begins with the first error.
-const STREAM_ERRORS: &[ErrorKind] = &[ErrorKind::Query, ErrorKind::Disconnected, ErrorKind::Lost];
+const STREAM_ERRORS: &[ErrorKind] =
+    &[ErrorKind::Query, ErrorKind::Statement, ErrorKind::Disconnected, ErrorKind::Lost];
 /// The kinds of errors with which a stream can be refused, or end before Postgres has accepted its query.
 const REFUSAL_ERRORS: &[ErrorKind] = &[
     ErrorKind::Query,

@@ -20,31 +20,61 @@ use crate::sync::lock;
 /// them: observable instruments cannot be removed, so each instance adds a set of callbacks, and two on one provider
 /// overwrite each other's values.
 ///
+/// # Metrics
+///
+/// | name | unit | records |
+/// |---|---|---|
+/// | `fraiseql_channel_occupancy_rows` | rows | histogram: rows waiting in the channel at each poll batch |
+/// | `fraiseql.channel.utilization` | 1 | histogram: the larger of rows / row limit and bytes / byte limit at each poll batch |
+/// | `fraiseql.channel.row.count`, `.row.limit` | rows | rows waiting in the channels, and their limit |
+/// | `fraiseql.channel.memory.usage`, `.memory.limit` | bytes | payload bytes waiting in the channels, and their limit |
+/// | `fraiseql.channel.backlog.time` | s | time in which the consumer was busy while rows, or the end of the stream, waited |
+/// | `fraiseql.chunk.size` | rows | histogram: rows of the chunk taken by each poll batch |
+/// | `fraiseql.chunk.adjustments` | 1 | always zero in this version |
+/// | `fraiseql.stream.time` | s | the consumer's time by `state`, as in [`StreamTime`](crate::StreamTime) |
+/// | `fraiseql.producer.time` | s | the producer's time by `state`, as in [`ProducerTime`](crate::ProducerTime) |
+/// | `fraiseql.stream.rows` | rows | rows by `outcome`: `yielded`, `filtered`, `failed` |
+/// | `fraiseql.stream.io` | bytes | payload bytes received |
+/// | `fraiseql.stream.active`, `.ended` | streams | live streams; ended streams by `outcome` |
+/// | `fraiseql.stream.time_to_first_row` | s | histogram: time from the query to its first row |
+/// | `fraiseql.stream.since_last_row` | s | the longest time since the last row, of all live streams |
+/// | `db.client.operation.duration`, `db.client.response.returned_rows` | s, rows | histograms of the semantic conventions |
+///
+/// A *poll batch* is a poll of the stream that takes a chunk from the channel.
+///
 /// # Entities
 ///
 /// The attribute `entity` (in the `db.client` metrics `db.collection.name`) is the name passed to
 /// [`Connection::query`](crate::Connection::query). The series of an entity begin when Postgres has accepted a query for
-/// it, and never end. Keep the number of distinct entities small. Two values stand for more than one name; spans have
-/// the real one:
+/// it, and never end. Keep the number of distinct entities small. Two values each stand for several names; spans have
+/// the real name:
 ///
-/// - `_OTHER`: all further entities after the first 1,000.
-/// - `_REFUSED`: streams whose query was refused, or dropped before Postgres accepted it. They are counted in
-///   `fraiseql.stream.ended` only and, if anything was sent, in the `db.client` metrics.
+/// - `_OTHER`: all entities after the first 1,000.
+/// - `_REFUSED`: streams that never began, because a setting was invalid, an error came before Postgres accepted the
+///   query, or the future of `stream()` was dropped first. They are counted in `fraiseql.stream.ended` only and, if the
+///   query was sent, in the `db.client` metrics.
 ///
 /// `fraiseql.stream.ended` counts streams by `outcome`: `complete`, `dropped` or `failed`. For a failed stream,
 /// `error.type` is the [kind](crate::ErrorKind::as_str) of its error. Every series is exported from the start, at zero,
 /// so that `increase()` includes the first failure. The SQLSTATE is in `db.client.operation.duration`, as `error.type`
 /// and `db.response.status_code`, and on the span.
 ///
-/// An SDK keeps 2,000 series of an instrument unless a view sets another limit. With more than 300 entities, set a larger
-/// cardinality limit for `fraiseql.stream.time` and `fraiseql.stream.ended`, which have five and more series per entity,
-/// as `otlp::init()` does.
+/// An SDK keeps 2,000 series per instrument unless a view sets another limit. With more than 300 entities, raise the
+/// cardinality limit of the instruments with several series per entity, as `otlp::init()` does: `fraiseql.stream.time`
+/// and `fraiseql.stream.ended` (5 or more), `fraiseql.stream.rows` (3), `fraiseql.producer.time` and
+/// `fraiseql.chunk.adjustments` (2).
+///
+/// # Log records
+///
+/// Each stream logs through `tracing`, with the target `fraiseql_stream`: its start at level `debug`, and its statistics
+/// every 30 s at level `info`.
 ///
 /// # Spans
 ///
-/// Streams record their spans by `tracing`, at level `info` and with the target `fraiseql_stream`. They reach a tracer
-/// provider only through a layer of [tracing-opentelemetry] in your subscriber; without one, there are no spans. The
-/// layer of `otlp::Guard::layer` is one.
+/// Streams record their spans through `tracing`, at level `info` and with the target `fraiseql_stream`. They reach a
+/// tracer provider only through a layer of [tracing-opentelemetry] in your subscriber; without one, there are no spans.
+/// The layer of `otlp::Guard::layer` is one. The first row is an event of its query span, at level `debug` and with the
+/// target `fraiseql_stream::first_row`.
 ///
 /// ```
 /// use opentelemetry::trace::TracerProvider as _;

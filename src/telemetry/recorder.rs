@@ -12,7 +12,7 @@ use super::registry::{Live, REFUSED};
 use super::spans::{BatchSpans, PollBatch, QueryInfo, QuerySpan, int, seconds};
 use super::{FIRST_ROW, Instruments, PollSpans, SCOPE};
 use crate::channel::{Nanos, Observer, Stats};
-use crate::error::Error;
+use crate::error::{Error, pace};
 
 /// Records the metrics and spans of one stream.
 #[derive(Debug)]
@@ -176,7 +176,9 @@ impl Recorder {
 /// constraints (class 23), which quote values of the query or of rows.
 fn description(error: &Error, stats: &Stats) -> String {
     match error.type_name() {
-        code if code.starts_with("22") || code.starts_with("23") => format!("{code} {}", stats.summary()),
+        code if code.starts_with("22") || code.starts_with("23") => {
+            format!("{code} {}; {}", stats.progress(), pace(stats))
+        }
         _ => error.to_string(),
     }
 }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use opentelemetry::KeyValue;
 
+use super::SCOPE;
 use super::database::Database;
 use super::ends::{Count, End, Ends};
 use crate::channel::{ConsumerState, Nanos, Observer};
@@ -150,6 +151,7 @@ impl Registry {
         drop(entities);
         if is_full && !self.overflow_is_logged.swap(true, Ordering::Relaxed) {
             tracing::warn!(
+                target: SCOPE,
                 "more than {MAX_ENTITIES} entities are streamed: metrics count further ones as entity={OTHER:?}; keep the number of distinct entities small"
             );
         }

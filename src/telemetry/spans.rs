@@ -11,10 +11,10 @@ use super::database::Database;
 use crate::channel::Nanos;
 use crate::sync::lock;
 
-/// How many spans the poll batches of a stream get.
+/// The number of spans that the poll batches of a stream get.
 ///
 /// A poll-batch span lasts from the poll to the arrival of its rows. In a waterfall, long spans mean that Postgres is
-/// slow, and gaps between them that the consumer is slow. Set it with
+/// slow, and gaps between them that the consumer is slow. Set the number with
 /// [`ConnectionBuilder::poll_spans`](crate::ConnectionBuilder::poll_spans).
 ///
 /// # Examples
@@ -28,7 +28,7 @@ use crate::sync::lock;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PollSpans {
-    /// One span per poll batch. A fast stream makes tens of thousands per second, so this is for debugging.
+    /// One span per poll batch. A fast stream produces tens of thousands per second, so this is for debugging.
     Every,
     /// One span per group of poll batches. A group ends when it has 256 rows or has lasted 10 ms, or when the consumer
     /// has not polled for 1 ms.
@@ -71,10 +71,10 @@ pub(crate) struct QueryInfo<'a> {
 /// The span of a query, shared by everything that records within it. It can be closed for all of them at once: a span is
 /// exported when its last handle is dropped, and a task that has not run yet must not delay that.
 #[derive(Clone, Debug)]
-pub(crate) struct QuerySpan(Arc<SharedSpan>);
+pub(crate) struct QuerySpan(Arc<SpanCell>);
 
 #[derive(Debug)]
-struct SharedSpan {
+struct SpanCell {
     span: Mutex<Span>,
     /// Whether the span is counted in `DEFERRED`.
     is_deferred: AtomicBool,
@@ -83,10 +83,7 @@ struct SharedSpan {
 impl QuerySpan {
     /// Opens the span, as a child of the caller's current span.
     pub(super) fn open(query: &QueryInfo<'_>) -> Self {
-        Self(Arc::new(SharedSpan {
-            span: Mutex::new(query_span(query)),
-            is_deferred: AtomicBool::new(false),
-        }))
+        Self(Arc::new(SpanCell { span: Mutex::new(query_span(query)), is_deferred: AtomicBool::new(false) }))
     }
 
     /// Returns the span, or a disabled one once it is closed.
@@ -111,7 +108,7 @@ impl QuerySpan {
     }
 }
 
-impl Drop for SharedSpan {
+impl Drop for SpanCell {
     fn drop(&mut self) {
         // Close the span before it is no longer waited for.
         *self.span.get_mut().unwrap_or_else(PoisonError::into_inner) = Span::none();

@@ -101,16 +101,14 @@ async fn large_view_whose_data_is_an_enum_does_not_hang() {
 }
 
 #[tokio::test]
-async fn domain_over_jsonb_streams_correctly_or_is_rejected() {
+async fn domain_over_jsonb_streams() {
     let database = database(
         "CREATE DOMAIN document AS jsonb CHECK (VALUE ? 'id');
          CREATE TABLE t AS SELECT '{\"id\": 5}'::document AS data;",
     );
     let mut db = database.connect().await;
-    match within(SOON, db.query::<Doc>("t").stream()).await {
-        Ok(stream) => assert_eq!(ids(&rows_of(stream).await), [5]),
-        Err(error) => assert!(text_of(&error, ErrorKind::Statement).contains("document"), "{error}"),
-    }
+    let stream = within(SOON, db.query::<Doc>("t").stream()).await.unwrap();
+    assert_eq!(ids(&rows_of(stream).await), [5]);
 }
 
 #[tokio::test]
@@ -187,8 +185,9 @@ async fn server_message_with_line_breaks_is_escaped() {
     let mut db = database.connect().await;
     let mut stream = db.query::<Value>("v").stream().await.unwrap();
     let text = line_of(&within(SOON, stream.next()).await.unwrap().unwrap_err());
-    let expected = r"v: one\ntwo \u{1b}[31m (P0001); detail: three\r\nfour; hint: five\tsix \u{2028}";
-    assert!(text.starts_with(expected), "{text}");
+    let (what, more) = text.split_once(" after 0 rows in ").unwrap();
+    assert_eq!(what, r"v: one\ntwo \u{1b}[31m (P0001)");
+    assert!(more.contains(r"; detail: three\r\nfour; hint: five\tsix \u{2028}"), "{text}");
 }
 
 /// A type that rejects every document with a message of two lines.
@@ -256,9 +255,9 @@ async fn chunk_size_and_max_memory_of_zero_are_rejected() {
     let database = database("");
     let mut db = database.connect().await;
     let error = refusal!(db, db.query::<Value>("good").chunk_size(0));
-    assert!(text_of(&error, ErrorKind::Config).contains("chunk_size is 0"), "{error}");
+    assert!(text_of(&error, ErrorKind::Config).contains("invalid chunk_size 0"), "{error}");
     let error = refusal!(db, db.query::<Value>("good").max_memory(0));
-    assert!(text_of(&error, ErrorKind::Config).contains("max_memory is 0"), "{error}");
+    assert!(text_of(&error, ErrorKind::Config).contains("invalid max_memory 0"), "{error}");
 }
 
 #[tokio::test]
@@ -298,7 +297,7 @@ async fn invalid_connection_string_is_rejected_without_showing_it() {
     ] {
         let error = within(SOON, Connection::connect(connection)).await.unwrap_err();
         let text = text_of(&error, ErrorKind::Config);
-        assert!(text.contains("connection string"), "{connection:?}: {text}");
+        assert!(text.starts_with("invalid con"), "{connection:?}: {text}");
         assert!(!all_of(&error).contains("s3cr3t"), "{connection:?}: {}", all_of(&error));
     }
 }

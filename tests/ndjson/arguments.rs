@@ -20,6 +20,7 @@ fn help_lists_every_option_and_the_environment() {
         "--stats",
         "DATABASE_URL",
         "OTEL_",
+        "129",
         "130",
         "143",
     ];

@@ -101,7 +101,8 @@ fn entity_has_a_series_for_every_outcome_from_its_first_export_on() {
         first.iter().map(|point| series(point)).collect::<BTreeSet<_>>()
     };
     let set = |series: &[&str]| series.iter().map(ToString::to_string).collect::<BTreeSet<_>>();
-    let of_broken = ["complete -", "dropped -", "failed disconnected", "failed lost", "failed query"];
+    let of_broken =
+        ["complete -", "dropped -", "failed disconnected", "failed lost", "failed query", "failed statement"];
     assert_eq!(all("broken"), set(&of_broken));
     let of_refused = [
         "dropped -",

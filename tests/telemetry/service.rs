@@ -205,7 +205,7 @@ fn refused_endpoint_is_a_configuration_error_whose_text_includes_the_cause_and_n
         );
         let text = error["text"].as_str().expect("an error");
         let cause = error["cause"].as_str().expect("a cause");
-        assert!(text.starts_with("cannot create the exporter to http://localhost:4318: "), "{text}");
+        assert!(text.starts_with("cannot create the exporter for http://localhost:4318: "), "{text}");
         assert!(text.ends_with(cause) && text.lines().count() == 1 && text.len() < 1_000, "{text}: {cause}");
         assert!(!text.contains("t0ken"), "{text}");
     }

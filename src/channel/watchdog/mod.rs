@@ -201,7 +201,7 @@ impl Watchdog {
             return None;
         }
         let log = lock(&self.log);
-        (now > log.due.saturating_add(GRACE)).then_some(log.late_from)
+        log.is_overdue(now).then_some(log.late_from)
     }
 
     /// Returns when the first turn after `moment` ran.

@@ -69,8 +69,9 @@ pub(super) const SLEEPING: [Setting; 3] =
     [Setting::Sleeping(SPEEDS[0]), Setting::Sleeping(SPEEDS[1]), Setting::Sleeping(SPEEDS[2])];
 pub(super) const BLOCKING: [Setting; 3] =
     [Setting::Blocking(SPEEDS[0]), Setting::Blocking(SPEEDS[1]), Setting::Blocking(SPEEDS[2])];
-pub(super) const EVERY_5_MS: Setting = Setting::SlowSource("every_5_ms");
-pub(super) const SLOW_SOURCES: [Setting; 2] = [Setting::SlowSource("every_1_ms"), EVERY_5_MS];
+pub(super) const SLOW_SOURCES: [Setting; 2] =
+    [Setting::SlowSource("every_1_ms"), Setting::SlowSource("every_5_ms")];
+pub(super) const EVERY_10_MS: Setting = Setting::SlowSource("every_10_ms");
 
 impl Setting {
     pub(super) fn source(self) -> &'static str {
