@@ -63,7 +63,7 @@ async fn repeated_query_takes_one_round_trip() {
 #[tokio::test]
 async fn without_a_cache_each_query_is_prepared_and_closed() {
     let (database, proxy) = (table(10, 0), Proxy::start().await);
-    let mut db = Connection::builder(&proxy.url(&database)).statement_cache(0).connect().await.unwrap();
+    let mut db = Connection::builder(proxy.url(&database)).statement_cache(0).connect().await.unwrap();
     proxy.take_messages();
     for _ in 0..3 {
         assert_eq!(up_to(&mut db, "t", 2).await, [0, 1, 2]);

@@ -27,7 +27,7 @@ fn by_the_chunk() -> Result {
             _ => PollSpans::default(),
         };
         let is_slow = std::env::var_os("SLOW_CONSUMER").is_some();
-        let mut db = Connection::builder(&scenario::url()).poll_spans(spans).connect().await?;
+        let mut db = Connection::builder(scenario::url()).poll_spans(spans).connect().await?;
         let mut query = db.query::<RawJson>("rows");
         if let Ok(chunk) = std::env::var("CHUNK") {
             query = query.chunk_size(chunk.parse()?);

@@ -23,7 +23,7 @@ const GUESSES: usize = 1_100;
 fn more_than_a_thousand() -> Result {
     scenario::run_scenario(async {
         let telemetry = otlp::init()?;
-        let mut db = Connection::builder(&scenario::url()).poll_spans(PollSpans::Off).connect().await?;
+        let mut db = Connection::builder(scenario::url()).poll_spans(PollSpans::Off).connect().await?;
         for number in 1..=ENTITIES {
             let schema = if number > MOST { format!("schema_{number}.") } else { String::new() };
             let mut rows = db.query::<RawJson>(&format!("{schema}entity_{number}")).stream().await?;

@@ -20,7 +20,7 @@ const SOON: Duration = Duration::from_secs(10);
 fn a_stream_with_stops() -> Result {
     scenario::run_scenario(async {
         let telemetry = otlp::init()?;
-        let mut db = Connection::builder(&scenario::url()).poll_spans(PollSpans::Every).connect().await?;
+        let mut db = Connection::builder(scenario::url()).poll_spans(PollSpans::Every).connect().await?;
         let mut rows = db.query::<RawJson>("rows").stream().await?;
         let mut read = 0;
         while let Some(row) = rows.next().await {

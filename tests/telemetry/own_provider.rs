@@ -179,7 +179,7 @@ fn many_connections() -> Result {
         let instruments = Instruments::new(&provider.meters);
         let mut warm = 0;
         for number in 0..CONNECTIONS {
-            let mut db = Connection::builder(&scenario::url()).instruments(&instruments).connect().await?;
+            let mut db = Connection::builder(scenario::url()).instruments(&instruments).connect().await?;
             for _ in 1..STREAMS_OF_EACH {
                 read(&mut db, 1).await?;
             }

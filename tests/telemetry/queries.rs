@@ -46,7 +46,7 @@ async fn queries() -> Result<Value> {
 
     let socket = std::env::var("SOCKET")?;
     read(&mut Connection::connect(&socket).await?, "by_socket").await?;
-    let mut db = Connection::builder(&scenario::url()).query_text(true).connect().await?;
+    let mut db = Connection::builder(scenario::url()).query_text(true).connect().await?;
     read(&mut db, "with_text").await?;
     Ok(json!({"orders": figures(&orders), "broken": figures(&broken), "dropped": dropped}))
 }

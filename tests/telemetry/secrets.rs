@@ -24,7 +24,7 @@ fn all_available_text() -> Result {
         tracing::warn!("{error} {error:?}");
         texts.push(format!("{error} {error:?}"));
 
-        let builder = Connection::builder(&scenario::url()).query_text(true);
+        let builder = Connection::builder(scenario::url()).query_text(true);
         texts.push(format!("{builder:?}"));
         let mut db = builder.connect().await?;
         texts.push(format!("{db:?}"));

@@ -68,8 +68,8 @@ fn without_globals() -> Result {
         tracing_subscriber::registry().with(telemetry.layer()).init();
         let instruments = Instruments::new(&*telemetry.meter_provider());
         for (entity, builder) in [
-            ("orders", Connection::builder(&scenario::url()).instruments(&instruments)),
-            ("global", Connection::builder(&scenario::url())),
+            ("orders", Connection::builder(scenario::url()).instruments(&instruments)),
+            ("global", Connection::builder(scenario::url())),
         ] {
             let mut db = builder.connect().await?;
             let mut rows = db.query::<RawJson>(entity).stream().await?;

@@ -44,7 +44,7 @@ fn measure(flavor: Flavor, way: Way, entity: &str, each: Duration) -> Occupancy 
     let meters = SdkMeterProvider::builder().with_reader(reader).build();
     let instruments = Instruments::new(&meters);
     flavor.runtime().block_on(async {
-        let builder = Connection::builder(&sources::url()).instruments(&instruments);
+        let builder = Connection::builder(sources::url()).instruments(&instruments);
         let stream = builder.connect().await.unwrap().into_query(entity).stream().await.unwrap();
         let deadline = Instant::now() + Duration::from_secs(1);
         let work = Work { each, blocks: false, deadline };
