@@ -1,7 +1,7 @@
 //! Serves a table as the body of an HTTP response, one document per line.
 //!
 //! `DATABASE_URL=postgres://app@localhost/shop cargo run --example axum_body`, then
-//! `curl http://127.0.0.1:3000/orders`
+//! `curl http://127.0.0.1:8080/orders`
 
 use axum::body::{Body, Bytes};
 use axum::{Router, http::StatusCode, routing::get};
@@ -10,7 +10,9 @@ use futures_util::TryStreamExt as _;
 
 #[tokio::main]
 async fn main() -> std::io::Result<()> {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:3000").await?;
+    let address = std::env::args().nth(1).unwrap_or_else(|| "127.0.0.1:8080".to_owned());
+    let listener = tokio::net::TcpListener::bind(address).await?;
+    eprintln!("listening on {}", listener.local_addr()?);
     axum::serve(listener, Router::new().route("/orders", get(orders))).await
 }
 

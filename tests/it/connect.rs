@@ -3,6 +3,8 @@
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
+use fraiseql_stream::tokio_postgres::Config;
+use fraiseql_stream::tokio_postgres::config::SslMode;
 use fraiseql_stream::{Connection, Error, ErrorKind};
 
 use crate::server::{Database, SOON, all_of, backend_pid, connect, scalar, shared, within};
@@ -35,6 +37,36 @@ async fn key_value_string_connects() {
         database.name
     );
     assert_eq!(current_database(&connection).await, database.name);
+}
+
+#[tokio::test]
+async fn config_connects() {
+    let database = Database::with("");
+    let config: Config = database.url.parse().unwrap();
+    let by_reference = Connection::connect(&config).await.unwrap();
+    let by_value = Connection::builder(config).connect().await.unwrap();
+    for mut db in [by_reference, by_value] {
+        let name: String = scalar(&mut db, "SELECT current_database()::text").await;
+        assert_eq!(name, database.name);
+    }
+}
+
+#[tokio::test]
+async fn config_that_is_not_supported_is_rejected() {
+    let no_host = Config::new().user("app").clone();
+    let tls = Config::new().host("localhost").ssl_mode(SslMode::Require).clone();
+    for (config, text) in [(no_host, "it names no host"), (tls, "sslmode=require is not supported")] {
+        let error = within(SOON, Connection::connect(config)).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config);
+        assert!(error.to_string().contains(text), "{error}");
+    }
+}
+
+#[test]
+fn connecting_without_a_runtime_is_an_error() {
+    let error = futures::executor::block_on(Connection::connect("postgres://localhost/shop")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Config);
+    assert!(error.to_string().starts_with("there is no tokio runtime"), "{error}");
 }
 
 #[tokio::test]

@@ -77,6 +77,8 @@ fn start_and_heartbeat_are_logged_and_nothing_after_the_end_of_a_stream() {
     assert_eq!(outcome.stderr, "");
     let received = Received::by(&collector);
 
+    let scopes = received.logs.iter().map(|log| &*log.scope);
+    assert!(scopes.clone().all(|scope| scope == "fraiseql_stream"), "{:?}", scopes.collect::<Vec<_>>());
     // Only one of the three streams is alive when a heartbeat is due.
     let number = |severity| received.logs.iter().filter(|log| log.severity == severity).count();
     assert_eq!((number("DEBUG"), number("INFO")), (3, 1), "{:#?}", received.logs);
