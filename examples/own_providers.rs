@@ -16,7 +16,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let spans = opentelemetry_stdout::SpanExporter::default();
     let tracers = SdkTracerProvider::builder().with_batch_exporter(spans).build();
 
-    // Streams record their spans by `tracing`. Only this layer brings them to the tracer provider.
+    // Streams record their spans through `tracing`; only this layer passes them on to the tracer provider.
     let layer = tracing_opentelemetry::layer().with_tracer(tracers.tracer("shop"));
     tracing_subscriber::registry().with(layer.with_filter(LevelFilter::INFO)).init();
 

@@ -1,4 +1,4 @@
-//! Exports metrics, traces and logs by OTLP, configured by the standard `OTEL_*` variables alone.
+//! Exports metrics, traces and logs over OTLP, configured by the standard `OTEL_*` variables alone.
 //!
 //! ```no_run
 //! #[tokio::main]

@@ -1,5 +1,5 @@
 //! Telemetry as a real collector receives it: metrics, spans and log records of streams from a real Postgres, by
-//! http/protobuf and by gRPC.
+//! http/protobuf and over gRPC.
 //!
 //! `otlp::init()` sets globals, so each call is in a *scenario*: an ignored test of this binary that the test of the
 //! outcome runs in a separate process.
