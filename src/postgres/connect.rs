@@ -173,7 +173,7 @@ async fn resolve((host, addr): &Named, port: u16) -> Result<Vec<Peer>, Error> {
         (Host::Tcp(host), None) => {
             let found = tokio::time::timeout(CONNECT_TIMEOUT, lookup_host((host.as_str(), port))).await;
             let found =
-                found.unwrap_or_else(|_| Err(timed_out("the name was not resolved", CONNECT_TIMEOUT)));
+                found.unwrap_or_else(|_| Err(timed_out("the name was not resolved", CONNECT_TIMEOUT, "")));
             let found = found.map_err(|error| Error::unreachable(format_args!("{host}:{port}"), error))?;
             Ok(found.map(|addr| Peer::Tcp { host: host.clone(), addr }).collect())
         }
@@ -186,12 +186,13 @@ pub(crate) async fn connect_one(config: &Config, peer: &Peer) -> Result<(Client,
     match tokio::time::timeout(limit, narrowed.connect(NoTls)).await {
         Ok(Ok(connected)) => Ok(connected),
         Ok(Err(error)) => Err(Error::connect(peer, error)),
-        Err(_) => Err(Error::unreachable(peer, timed_out("no answer", limit))),
+        Err(_) => Err(Error::unreachable(peer, timed_out("no answer", limit, " (connect_timeout)"))),
     }
 }
 
-fn timed_out(what: &str, limit: Duration) -> io::Error {
-    io::Error::new(io::ErrorKind::TimedOut, format!("{what} within {limit:?}"))
+fn timed_out(what: &str, limit: Duration, setting: &str) -> io::Error {
+    let text = format!("{what} within {} s{setting}", limit.as_secs_f64());
+    io::Error::new(io::ErrorKind::TimedOut, text)
 }
 
 /// Returns the same settings for one address.

@@ -77,8 +77,8 @@ fn spawned_task_gives_the_connection_back() {
 #[test]
 fn own_providers_export_metrics_and_the_query_span() {
     let output = output_of(example("own_providers", &database("own_providers")).arg("orders"));
-    assert!(output.contains("Name  : fraiseql_channel_occupancy_rows"), "{output}");
-    assert!(output.contains("Name         : SELECT orders"), "{output}");
+    assert!(output.contains(": fraiseql_channel_occupancy_rows\n"), "{output}");
+    assert!(output.contains(": SELECT orders\n"), "{output}");
 }
 
 #[test]
