@@ -3,6 +3,9 @@
 //!
 //! `cargo run --release --features otlp --example demo`
 
+#[cfg(not(unix))]
+compile_error!("this program needs Unix signals and file descriptors");
+
 mod figures;
 mod occupancy;
 mod orders;

@@ -7,6 +7,9 @@
 //! `Run::stream_rows` below is the program; the rest makes it a well-behaved tool: it stops at once on a signal,
 //! even while a write is blocked, and leaves no query running on the server.
 
+#[cfg(not(unix))]
+compile_error!("this program needs Unix signals and file descriptors");
+
 mod args;
 mod pause;
 mod signals;
