@@ -19,7 +19,7 @@ struct Order {
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
-    let mut db = Connection::connect(std::env::var("DATABASE_URL")?).await?;
+    let mut db = Connection::connect(std::env::var("DATABASE_URL").expect("DATABASE_URL is set")).await?;
     // Stands for a table of yours; it disappears with the connection.
     let script = "CREATE TEMP TABLE orders AS SELECT jsonb_build_object(
         'id', i, 'status', CASE WHEN i % 2 = 0 THEN 'open' ELSE 'paid' END, 'total', i * 0.5

@@ -21,7 +21,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     tracing_subscriber::registry().with(layer.with_filter(LevelFilter::INFO)).init();
 
     let instruments = Instruments::new(&meters);
-    let url = std::env::var("DATABASE_URL")?;
+    let url = std::env::var("DATABASE_URL").expect("DATABASE_URL is set");
     let mut db = Connection::builder(&url).instruments(&instruments).connect().await?;
     let entity = std::env::args().nth(1).ok_or("usage: own_providers ENTITY")?;
     let mut rows = db.query::<RawJson>(&entity).stream().await?;

@@ -11,7 +11,7 @@ type Error = Box<dyn std::error::Error + Send + Sync>;
 
 #[tokio::main]
 async fn main() -> Result<(), Error> {
-    let mut db = Connection::connect(std::env::var("DATABASE_URL")?).await?;
+    let mut db = Connection::connect(std::env::var("DATABASE_URL").expect("DATABASE_URL is set")).await?;
     // Stands for a table of yours; it disappears with the connection.
     let script = "CREATE TEMP TABLE orders AS SELECT jsonb_build_object('id', i) AS data
         FROM generate_series(1, 100000) i";

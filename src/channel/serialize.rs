@@ -14,7 +14,7 @@ use super::verdict::{Shares, Verdict};
 /// # fn example(orders: fraiseql_stream::JsonStream<serde_json::Value>) {
 /// let stats = orders.stats();
 /// let json = serde_json::to_value(&stats).unwrap();
-/// assert_eq!(json["time"]["source_wait"], stats.time.source_wait.as_secs_f64());
+/// assert_eq!(json["time_seconds"]["source_wait"], stats.time.source_wait.as_secs_f64());
 /// assert_eq!(json["verdict"], stats.verdict().as_str());
 /// # }
 /// ```
@@ -32,8 +32,8 @@ impl Serialize for Stats {
         map.serialize_field("peak_bytes", &self.peak_bytes)?;
         map.serialize_field("row_limit", &self.row_limit)?;
         map.serialize_field("byte_limit", &self.byte_limit)?;
-        map.serialize_field("time", &self.time)?;
-        map.serialize_field("producer_time", &self.producer_time)?;
+        map.serialize_field("time_seconds", &self.time)?;
+        map.serialize_field("producer_time_seconds", &self.producer_time)?;
         map.serialize_field("backlog_seconds", &self.backlog.as_secs_f64())?;
         map.serialize_field("shares", &self.shares())?;
         map.serialize_field("verdict", &self.verdict())?;
@@ -115,8 +115,8 @@ mod tests {
         let json = serde_json::to_value(observer.stats()).unwrap();
         assert_eq!(json["entity"], "orders");
         assert_eq!(json["elapsed_seconds"], 1.5);
-        assert_eq!(json["time"]["consumer"], 1.5);
-        assert_eq!(json["producer_time"]["source"], 1.5);
+        assert_eq!(json["time_seconds"]["consumer"], 1.5);
+        assert_eq!(json["producer_time_seconds"]["source"], 1.5);
         assert_eq!(json["shares"]["overlap"], 1.0);
         assert_eq!(json["verdict"], "balanced");
         assert_eq!(json.as_object().unwrap().len(), 18);

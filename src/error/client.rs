@@ -43,13 +43,23 @@ pub(super) fn advice(error: &tokio_postgres::Error) -> &'static str {
         SqlState::UNDEFINED_COLUMN if db.message().contains("\"data\"") => {
             "; rows are read from a column named data: stream a view that has one"
         }
-        SqlState::UNDEFINED_COLUMN => "; to refer to a key of the document, write data->>'key'",
+        SqlState::UNDEFINED_COLUMN => {
+            "; to refer to a key of the document, write data->>'key', and put single quotes around a string"
+        }
+        SqlState::UNDEFINED_TABLE => "; to refer to a key of the document, write data->>'key'",
+        SqlState::UNDEFINED_FUNCTION => "; data->>'key' is text: cast it, as in (data->>'key')::int8",
+        SqlState::SYNTAX_ERROR => {
+            "; pass where_sql a condition without WHERE, order_by an expression without ORDER BY, and write parameters as $1, $2, ..."
+        }
         SqlState::INDETERMINATE_DATATYPE => {
             "; number the parameters from $1 without gaps, across all calls of where_sql; if they are, add a cast such as $1::text"
         }
         SqlState::INVALID_PASSWORD => "; check user and password in the connection string",
         SqlState::INVALID_AUTHORIZATION_SPECIFICATION if db.message().contains("pg_hba.conf") => {
             "; add a line for this user, database and address to pg_hba.conf (hostssl lines do not apply: this version has no TLS)"
+        }
+        SqlState::INVALID_AUTHORIZATION_SPECIFICATION => {
+            "; check the user in the connection string, which defaults to that of the operating system"
         }
         SqlState::INVALID_CATALOG_NAME => "; check the database in the connection string",
         _ => "",

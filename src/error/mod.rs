@@ -310,7 +310,7 @@ impl Error {
 
     /// Creates the error that reports once that a query has aborted the caller's transaction.
     pub(crate) fn transaction_aborted() -> Self {
-        let message = "the open transaction is aborted: a stream in it was dropped before its end or before its error was read; run ROLLBACK, or ROLLBACK TO a savepoint set before the stream (to stop early and keep the transaction, end the stream with drain())";
+        let message = "the open transaction is aborted: a stream in it was dropped before its end or before its error was read; run ROLLBACK, or ROLLBACK TO a savepoint set before the stream (reported once: COMMIT would now roll back and report success; to stop early and keep a transaction, end the stream with drain())";
         Self::new(ErrorKind::TransactionAborted, message)
     }
 
@@ -372,7 +372,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Inner { kind, entity, message, more, stats, .. } = &*self.0;
         let mut line = OneLine(f);
-        if let Some(entity) = entity {
+        if let Some(entity) = entity.as_ref().filter(|entity| !entity.is_empty()) {
             write!(line, "{entity}: ")?;
         }
         line.write_str(message)?;

@@ -32,7 +32,7 @@ impl fmt::Debug for Value {
 pub(crate) fn encode(values: &[&(dyn ToSql + Sync)], types: &[Type]) -> Result<Vec<Value>, Error> {
     if values.len() != types.len() {
         return Err(Error::statement(format!(
-            "the query has {}, but where_sql received {}; pass one value for each of $1, $2, ...",
+            "the query has {}, but where_sql received {}; pass one value for each of $1, $2, ..., which are numbered across all calls of where_sql",
             counted(types.len(), "parameter"),
             counted(values.len(), "value"),
         )));
@@ -50,11 +50,28 @@ pub(crate) fn encode(values: &[&(dyn ToSql + Sync)], types: &[Type]) -> Result<V
 }
 
 fn advice(number: usize, ty: &Type) -> String {
-    if *ty == Type::TEXT {
-        // As in data->>'key' = $1 with a number.
-        return format!("pass a string, or cast the other side, as in (data->>'key')::int8 = ${number}");
-    }
-    format!("pass a value of type {ty}, or pass a string and write ${number}::text::{ty} in where_sql")
+    let rust = match *ty {
+        Type::TEXT => {
+            // As in data->>'key' = $1 with a number.
+            return format!(
+                "pass a string, or cast the other side to the type of the value: (data->>'key')::int4 = ${number} for an i32, ::int8 for an i64, ::float8 for an f64; for a list, write = ANY(${number})"
+            );
+        }
+        Type::NUMERIC => {
+            return format!(
+                "cast the other side to float8 and pass an f64, or pass a string and write ${number}::text::numeric"
+            );
+        }
+        Type::BOOL => " (a bool)",
+        Type::INT2 => " (an i16)",
+        Type::INT4 => " (an i32)",
+        Type::INT8 => " (an i64)",
+        Type::FLOAT4 => " (an f32)",
+        Type::FLOAT8 => " (an f64)",
+        Type::JSON | Type::JSONB => " (a serde_json::Value)",
+        _ => "",
+    };
+    format!("pass a value of type {ty}{rust}, or pass a string and write ${number}::text::{ty} in where_sql")
 }
 
 /// Writes a count with its noun: `1 value`, `2 values`.

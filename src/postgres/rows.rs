@@ -14,12 +14,15 @@ use crate::error::Error;
 pub(crate) fn check_column(statement: &Statement) -> Result<(), Error> {
     match statement.columns() {
         [column] if matches!(*column.type_(), Type::JSON | Type::JSONB) => Ok(()),
-        [column] => Err(Error::statement(format!(
-            "column {} is of type {}, not json or jsonb; stream a view that casts it: CREATE VIEW v AS SELECT to_jsonb({}) AS data FROM ...",
-            column.name(),
-            column.type_(),
-            column.name(),
-        ))),
+        [column] => {
+            let (name, ty) = (column.name(), column.type_());
+            // Text may be a document already, which `to_jsonb` would wrap into a string.
+            let is_text = matches!(*ty, Type::TEXT | Type::VARCHAR | Type::BPCHAR);
+            let cast = if is_text { format!("{name}::jsonb") } else { format!("to_jsonb({name})") };
+            Err(Error::statement(format!(
+                "column {name} is of type {ty}, not json or jsonb; stream a view that casts it: CREATE VIEW v AS SELECT {cast} AS data FROM ...",
+            )))
+        }
         columns => Err(Error::statement(format!(
             "the query returns {} columns, not one of type json or jsonb",
             columns.len()

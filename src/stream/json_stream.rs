@@ -16,7 +16,14 @@ use crate::error::Result;
 ///
 /// `C` is how the stream holds its connection: `&mut Connection` if it was created by [`Connection::query`], or
 /// [`Connection`] if it was created by [`Connection::into_query`]. The latter is `'static`, and fits into a response
-/// body or a spawned task.
+/// body or a spawned task. A function that returns a stream of `query` has to name it:
+///
+/// ```
+/// # use fraiseql_stream::{Connection, JsonStream, Result};
+/// async fn orders(db: &mut Connection) -> Result<JsonStream<serde_json::Value, &mut Connection>> {
+///     db.query("orders").stream().await
+/// }
+/// ```
 ///
 /// # Errors
 ///
@@ -78,7 +85,8 @@ impl<T: FromJson, C> JsonStream<T, C> {
     /// Returns the next row if it has already arrived. Does not wait, and does not count as waiting.
     ///
     /// Returns `Poll::Pending` if no row has arrived yet, and `Poll::Ready(None)` after the end of the stream. No task
-    /// is woken when a row arrives: wait for it with `next` of `futures_util::StreamExt`.
+    /// is woken when a row arrives: wait for it with `next` of `futures_util::StreamExt`. Do not loop on `Pending`: time
+    /// between two calls counts as your code's, and no row arrives while a loop blocks the only thread of a runtime.
     ///
     /// # Errors
     ///

@@ -116,7 +116,8 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
     /// Adds a condition in SQL, with a value for each of its parameters. Rows that do not meet it are not sent.
     ///
     /// If called more than once, all conditions must be met. Parameters are numbered across all calls: the first value
-    /// of the second call follows the last value of the first.
+    /// of the second call follows the last value of the first. A value is anything that tokio-postgres can send, which
+    /// includes a [`serde_json::Value`] for a parameter of type json or jsonb.
     ///
     /// # Examples
     ///
@@ -126,6 +127,7 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
     ///     .query::<serde_json::Value>("orders")
     ///     .where_sql("data->>'status' = $1", &[&"open"])
     ///     .where_sql("(data->>'total')::float8 > $2", &[&100.0])
+    ///     .where_sql("data @> $3", &[&serde_json::json!({"customer": {"country": "CH"}})])
     ///     .stream()
     ///     .await?;
     /// # Ok(())
@@ -176,7 +178,7 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
     /// let orders = db
     ///     .query::<serde_json::Value>("orders")
     ///     .order_by("(data->>'total')::float8 DESC")
-    ///     .order_by("id")
+    ///     .order_by("(data->>'id')::bigint")
     ///     .stream()
     ///     .await?;
     /// # Ok(())
@@ -195,7 +197,7 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
     ///
     /// ```no_run
     /// # async fn example(mut db: fraiseql_stream::Connection) -> Result<(), fraiseql_stream::Error> {
-    /// let first = db.query::<serde_json::Value>("orders").order_by("id").limit(10).stream().await?;
+    /// let first = db.query::<serde_json::Value>("orders").order_by("(data->>'id')::bigint").limit(10).stream().await?;
     /// # Ok(())
     /// # }
     /// ```
@@ -212,7 +214,7 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
     ///
     /// ```no_run
     /// # async fn example(mut db: fraiseql_stream::Connection) -> Result<(), fraiseql_stream::Error> {
-    /// let second_page = db.query::<serde_json::Value>("orders").order_by("id").offset(10).limit(10).stream().await?;
+    /// let second_page = db.query::<serde_json::Value>("orders").order_by("(data->>'id')::bigint").offset(10).limit(10).stream().await?;
     /// # Ok(())
     /// # }
     /// ```

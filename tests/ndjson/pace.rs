@@ -84,8 +84,8 @@ fn statistics_are_written_every_second_while_the_reader_stalls() {
     assert_eq!(last["verdict"], "consumer_bound", "{last}");
     assert_eq!((&last["ended"], &last["buffered_rows"]), (&false.into(), &256.into()));
     // A wait that has not ended yet is included.
-    assert!(last["time"]["consumer"].as_f64() > Some(3.5), "{last}");
-    assert!(last["producer_time"]["room"].as_f64() > Some(3.0), "{last}");
+    assert!(last["time_seconds"]["consumer"].as_f64() > Some(3.5), "{last}");
+    assert!(last["producer_time_seconds"]["room"].as_f64() > Some(3.0), "{last}");
     running.signal("INT");
     assert_eq!(running.wait(STOP_TIMEOUT).code(), Some(130));
 }

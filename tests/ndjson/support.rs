@@ -244,11 +244,11 @@ pub(crate) fn stats(errors: &str) -> Vec<Value> {
 fn check(stats: &Value) {
     let seconds = |part: &Value| part.as_f64().expect("the field is a number of seconds");
     let elapsed = seconds(&stats["elapsed_seconds"]);
-    let time = &stats["time"];
+    let time = &stats["time_seconds"];
     let parts = ["source_wait", "scheduled", "decode", "consumer", "paused"];
     let sum: f64 = parts.iter().map(|part| seconds(&time[part])).sum();
     assert!((sum - elapsed).abs() <= 0.01 * elapsed, "{stats}");
-    let producer = ["source", "room"].map(|state| seconds(&stats["producer_time"][state]));
+    let producer = ["source", "room"].map(|state| seconds(&stats["producer_time_seconds"][state]));
     assert!(producer.iter().sum::<f64>() <= 1.01 * elapsed + 0.001, "{stats}");
     assert!(seconds(&stats["backlog_seconds"]) <= elapsed, "{stats}");
     for count in ["rows", "bytes", "buffered_rows", "buffered_bytes"] {
