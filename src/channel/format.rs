@@ -27,7 +27,7 @@ fn must_be_escaped(c: char) -> bool {
 }
 
 /// A count with its digits in groups of three: `100,213`.
-pub(super) struct Grouped(pub(super) u64);
+struct Grouped(u64);
 
 impl fmt::Display for Grouped {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -39,6 +39,15 @@ impl fmt::Display for Grouped {
             write!(f, "{digit}")?;
         }
         Ok(())
+    }
+}
+
+/// A number of rows: `1 row`, `1,234 rows`.
+pub(super) struct Rows(pub(super) u64);
+
+impl fmt::Display for Rows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} row{}", Grouped(self.0), if self.0 == 1 { "" } else { "s" })
     }
 }
 
@@ -84,6 +93,7 @@ mod tests {
     fn numbers_have_units_and_grouped_digits() {
         assert_eq!(Grouped(7).to_string(), "7");
         assert_eq!(Grouped(100_213).to_string(), "100,213");
+        assert_eq!(Rows(1).to_string(), "1 row");
         assert_eq!(Bytes(61_000_000).to_string(), "61.0 MB");
         assert_eq!(Seconds(Duration::from_millis(12_400)).to_string(), "12.4 s");
     }

@@ -4,7 +4,7 @@ use std::fmt::{self, Write as _};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::format::{Bytes, Grouped, OneLine, Percent, Seconds};
+use super::format::{Bytes, OneLine, Percent, Rows, Seconds};
 use super::ledger::{ConsumerState, Times};
 use super::verdict::{Shares, Verdict};
 
@@ -155,7 +155,7 @@ impl Stats {
 
     /// Returns how far the stream got, as in `after 1,234 rows in 5.0 s`.
     pub(crate) fn progress(&self) -> String {
-        format!("after {} rows in {}", Grouped(self.rows), Seconds(self.elapsed))
+        format!("after {} in {}", Rows(self.rows), Seconds(self.elapsed))
     }
 }
 
@@ -165,9 +165,9 @@ impl fmt::Display for Stats {
         let share = |time: Duration| Percent(time.as_secs_f64() / elapsed);
         write!(
             OneLine(f),
-            "{}: {} rows, {} in {}; {} (your code {}, decoding {}), peak {} of {}",
+            "{}: {}, {} in {}; {} (your code {}, decoding {}), peak {} of {}",
             self.entity,
-            Grouped(self.rows),
+            Rows(self.rows),
             Bytes(self.bytes),
             Seconds(self.elapsed),
             self.shares.summary(),

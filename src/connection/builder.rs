@@ -224,6 +224,12 @@ impl IntoConfig for &Config {
     }
 }
 
+impl IntoConfig for &mut Config {
+    fn into_config(self) -> Result<Config, Error> {
+        self.clone().into_config()
+    }
+}
+
 mod sealed {
     #[expect(unnameable_types, reason = "this is what seals IntoConfig")]
     pub trait Sealed {}
@@ -232,4 +238,5 @@ mod sealed {
     impl Sealed for String {}
     impl Sealed for tokio_postgres::Config {}
     impl Sealed for &tokio_postgres::Config {}
+    impl Sealed for &mut tokio_postgres::Config {}
 }

@@ -6,6 +6,8 @@ mod hold;
 use std::fmt;
 use std::sync::Arc;
 
+use tokio::runtime::Handle;
+
 pub use self::builder::{ConnectionBuilder, IntoConfig};
 pub use self::hold::{Hold, StreamError};
 use crate::error::{Error, Result};
@@ -202,7 +204,8 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// The same as those of [`client`](Self::client). The connection is closed in any case.
+    /// The same as [`client`](Self::client), and [`Config`](crate::ErrorKind::Config) outside of a tokio runtime. The
+    /// connection is closed in any case.
     ///
     /// # Cancel safety
     ///
@@ -218,6 +221,10 @@ impl Connection {
     /// ```
     pub async fn close(self) -> Result<()> {
         let idle = self.idle().await;
+        if Handle::try_current().is_err() {
+            // Dropping the session closes it as well, without waiting.
+            return Err(Error::no_runtime());
+        }
         if let Some(session) = Arc::into_inner(self.session) {
             session.close().await;
         }

@@ -38,8 +38,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 ///
 /// The line never contains a password. It can quote values of a row or a parameter, as the messages of Postgres and
 /// serde do. Control characters and line breaks in names and in the messages of Postgres and serde
-/// are escaped, as in `\n`. If the error ended a stream, the line also reports how far the stream got and, unless the
-/// connection or the task was lost, which side set the pace:
+/// are escaped, as in `\n`. If the error ended a stream, the line also reports how far the stream got and, if that can
+/// explain the error, which side set the pace:
 ///
 /// ```text
 /// orders: canceling statement due to statement timeout (57014) after 100,213 rows in 30.0 s; consumer-bound 94 %: Postgres waited for your code, not the other way round
@@ -271,8 +271,8 @@ impl Error {
     }
 
     /// Creates the error of a prepared statement that cannot be streamed.
-    pub(crate) fn statement(message: impl Into<String>) -> Self {
-        Self::new(ErrorKind::Statement, message)
+    pub(crate) fn statement(message: impl Into<String>, advice: &str) -> Self {
+        Self::new(ErrorKind::Statement, message).with_note(advice)
     }
 
     /// Creates the error of a connection to `place` that failed or was refused.
@@ -382,7 +382,7 @@ impl fmt::Display for Error {
         line.write_str(more)?;
         match (kind, stats) {
             // Neither side's pace caused this error, so a verdict would mislead.
-            (ErrorKind::Disconnected | ErrorKind::Lost, _) | (_, None) => Ok(()),
+            (ErrorKind::Disconnected | ErrorKind::Lost | ErrorKind::Statement, _) | (_, None) => Ok(()),
             (_, Some(stats)) => write!(line, "; {}", pace(stats)),
         }
     }

@@ -31,17 +31,20 @@ impl fmt::Debug for Value {
 /// `Statement` if there are more or fewer values than parameters, or if a value does not match its type.
 pub(crate) fn encode(values: &[&(dyn ToSql + Sync)], types: &[Type]) -> Result<Vec<Value>, Error> {
     if values.len() != types.len() {
-        return Err(Error::statement(format!(
-            "the query has {}, but where_sql received {}; pass one value for each of $1, $2, ..., which are numbered across all calls of where_sql",
-            counted(types.len(), "parameter"),
-            counted(values.len(), "value"),
-        )));
+        let (expected, received) = (counted(types.len(), "parameter"), counted(values.len(), "value"));
+        return Err(Error::statement(
+            format!("the query has {expected}, but where_sql received {received}"),
+            "pass one value for each of $1, $2, ..., which are numbered across all calls of where_sql",
+        ));
     }
     let encode = |(index, (value, ty)): (usize, (&&(dyn ToSql + Sync), &Type))| {
         let mut bytes = BytesMut::new();
         let is_null = value.to_sql_checked(ty, &mut bytes).map_err(|why| {
-            let (number, advice) = (index + 1, advice(index + 1, ty));
-            Error::statement(format!("parameter ${number} does not accept the value: {why}; {advice}"))
+            let number = index + 1;
+            Error::statement(
+                format!("parameter ${number} does not accept the value: {why}"),
+                &advice(number, ty),
+            )
         })?;
         let bytes = matches!(is_null, IsNull::No).then(|| bytes.freeze());
         Ok(Value { bytes, format: value.encode_format(ty) })

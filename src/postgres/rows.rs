@@ -19,14 +19,15 @@ pub(crate) fn check_column(statement: &Statement) -> Result<(), Error> {
             // Text may be a document already, which `to_jsonb` would wrap into a string.
             let is_text = matches!(*ty, Type::TEXT | Type::VARCHAR | Type::BPCHAR);
             let cast = if is_text { format!("{name}::jsonb") } else { format!("to_jsonb({name})") };
-            Err(Error::statement(format!(
-                "column {name} is of type {ty}, not json or jsonb; stream a view that casts it: CREATE VIEW v AS SELECT {cast} AS data FROM ...",
-            )))
+            Err(Error::statement(
+                format!("column {name} is of type {ty}, not json or jsonb"),
+                &format!("stream a view that casts it: CREATE VIEW v AS SELECT {cast} AS data FROM ..."),
+            ))
         }
-        columns => Err(Error::statement(format!(
-            "the query returns {} columns, not one of type json or jsonb",
-            columns.len()
-        ))),
+        columns => Err(Error::statement(
+            format!("the query returns {} columns, not one of type json or jsonb", columns.len()),
+            "stream a view that has a single column data",
+        )),
     }
 }
 

@@ -70,7 +70,15 @@ impl Task {
     async fn prepare(&mut self) -> Result<Statement, Interrupted> {
         let dropped = dropped(&mut self.sender, &self.handover);
         let prepared = self.lease.prepare(&self.text, dropped).await;
-        self.explained(prepared).await
+        match self.explained(prepared).await {
+            // It is not this statement that is gone, but one with which the client looks up types.
+            Err(Interrupted::Failed(error)) if error.is_stale_statement() => {
+                Err(Interrupted::Failed(error.with_note(
+                    "DISCARD or DEALLOCATE has removed a statement of the client itself; connect again",
+                )))
+            }
+            prepared => prepared,
+        }
     }
 
     /// Runs a prepared statement.
@@ -116,7 +124,11 @@ impl Task {
             Err(Interrupted::Failed(error))
                 if error.sqlstate() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION) =>
             {
-                "the schema changed after the statement was prepared; run the transaction again"
+                if stale.sqlstate() == Some(&SqlState::INVALID_SQL_STATEMENT_NAME) {
+                    "it was deallocated; do not run DEALLOCATE or DISCARD inside a transaction with streams"
+                } else {
+                    "the schema changed after the statement was prepared; run the transaction again"
+                }
             }
             Err(other) => return Err(other),
         };

@@ -53,13 +53,28 @@ async fn config_connects() {
 
 #[tokio::test]
 async fn config_that_is_not_supported_is_rejected() {
-    let no_host = Config::new().user("app").clone();
-    let tls = Config::new().host("localhost").ssl_mode(SslMode::Require).clone();
+    let (mut no_host, mut tls) = (Config::new(), Config::new());
+    let no_host = no_host.user("app");
+    let tls = tls.host("localhost").ssl_mode(SslMode::Require);
     for (config, text) in [(no_host, "it names no host"), (tls, "sslmode=require is not supported")] {
         let error = within(SOON, Connection::connect(config)).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Config);
         assert!(error.to_string().contains(text), "{error}");
     }
+}
+
+#[test]
+fn closing_without_a_runtime_is_an_error_and_closes() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let database = Database::with("");
+    let (db, pid) = runtime.block_on(async {
+        let mut db = connect(&database.url).await;
+        let pid = backend_pid(&mut db).await;
+        (db, pid)
+    });
+    let error = futures::executor::block_on(db.close()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Config);
+    runtime.block_on(async { database.admin().await.until(pid, |activity| activity.is_none()).await });
 }
 
 #[test]
