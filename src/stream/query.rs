@@ -300,21 +300,17 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
         let entity: Arc<str> = Arc::from(self.sql.entity.as_str());
         match self.start(&entity).await {
             Ok(parts) => Ok(JsonStream::new(parts, self.connection)),
-            // It was another stream that aborted the transaction.
-            Err(error) if error.kind() == ErrorKind::TransactionAborted => {
-                Err(self.connection.give_back(error))
-            }
-            Err(error) => Err(self.connection.give_back(error.of_entity(&entity))),
+            Err(error) => Err(self.connection.give_back(error)),
         }
     }
 
     async fn start(&mut self, entity: &Arc<str>) -> Result<Parts<T>> {
         let (limits, text, runtime) = match self.check() {
             Ok(checked) => checked,
-            Err(error) => return Err(self.refuse(error)),
+            Err(error) => return Err(self.refuse(entity, error)),
         };
         let session = Arc::clone(&self.connection.borrow().session);
-        let turn = session.turn_for_query().await.map_err(|error| self.refuse(error))?;
+        let turn = session.turn_for_query().await.map_err(|error| self.refuse(entity, error))?;
 
         let watchdog = Watchdog::of(&runtime);
         let (sender, mut receiver) = bounded(limits, Clock::start(), Arc::clone(&watchdog));
@@ -347,6 +343,7 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
                 Ok(Parts { receiver, predicate, observer, recorder, unseen_failure, limit, launch })
             }
             Err(error) => {
+                let error = error.of_entity(entity);
                 if error.sqlstate().is_some() {
                     unseen_failure.store(false, Ordering::Relaxed);
                 }
@@ -372,9 +369,14 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
         Ok((limits, text, runtime))
     }
 
-    /// Counts a stream that never began.
-    fn refuse(&self, error: Error) -> Error {
-        self.connection.borrow().telemetry.instruments.count_refusal(&error);
+    /// Records a stream that never began.
+    fn refuse(&self, entity: &Arc<str>, error: Error) -> Error {
+        let error = match error.kind() {
+            // It was another stream that aborted the transaction.
+            ErrorKind::TransactionAborted => error,
+            _ => error.of_entity(entity),
+        };
+        self.connection.borrow().telemetry.instruments.record_refusal(entity, &error);
         error
     }
 

@@ -6,10 +6,11 @@ use std::sync::{Arc, Mutex};
 use opentelemetry::metrics::{AsyncInstrument, Histogram, Meter, MeterProvider};
 use opentelemetry::{InstrumentationScope, KeyValue, global};
 
-use super::SCOPE;
 use super::ends::End;
+use super::failure::log_failure;
 use super::registry::{Levels, OUTCOMES, Registry, STATES, Totals};
 use super::spans::seconds;
+use super::{SCHEMA_URL, SCOPE};
 use crate::error::Error;
 use crate::sync::lock;
 
@@ -128,8 +129,8 @@ impl Instruments {
     /// let instruments = Instruments::new(&provider);
     /// ```
     pub fn new(provider: &dyn MeterProvider) -> Self {
-        let scope = InstrumentationScope::builder(SCOPE).with_version(env!("CARGO_PKG_VERSION")).build();
-        let meter = provider.meter_with_scope(scope);
+        let scope = InstrumentationScope::builder(SCOPE).with_version(env!("CARGO_PKG_VERSION"));
+        let meter = provider.meter_with_scope(scope.with_schema_url(SCHEMA_URL).build());
         let registry = Arc::new(Registry::default());
         observe_times(&meter, &registry);
         observe_counts(&meter, &registry);
@@ -146,9 +147,10 @@ impl Instruments {
         }))
     }
 
-    /// Counts a stream that was refused before anything was sent.
-    pub(crate) fn count_refusal(&self, error: &Error) {
+    /// Counts and logs a stream that was refused before anything was sent.
+    pub(crate) fn record_refusal(&self, entity: &str, error: &Error) {
         self.0.registry.count_refused(End::Failed(error));
+        log_failure(entity, error);
     }
 
     /// Returns the default instruments, which are created on the global provider at first use.
@@ -279,7 +281,9 @@ fn observe_counts(meter: &Meter, registry: &Arc<Registry>) {
     counts(spec("fraiseql.stream.rows", "{row}", "Rows by outcome"), |totals| {
         by("outcome", &OUTCOMES, &totals.rows)
     });
-    counts(spec("fraiseql.stream.io", "By", "Payload bytes received"), |totals| vec![(None, totals.bytes)]);
+    counts(spec("fraiseql.stream.io", "By", "Payload bytes received from Postgres"), |totals| {
+        vec![(None, totals.bytes)]
+    });
     // The chunk size is fixed in this version: the zeros are true, and dashboards can already use the metric.
     counts(spec("fraiseql.chunk.adjustments", "{adjustment}", "Changes of the chunk size"), |_| {
         by("direction", &["up", "down"], &[0, 0])

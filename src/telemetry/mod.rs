@@ -3,6 +3,7 @@
 
 mod database;
 mod ends;
+mod failure;
 mod instruments;
 mod recorder;
 mod registry;
@@ -20,6 +21,8 @@ pub use spans::PollSpans;
 pub(crate) use spans::spans_are_open;
 pub(crate) use spans::{PollBatch, QueryInfo, QuerySpan};
 
+/// The version of the semantic conventions whose names the crate uses.
+pub(crate) const SCHEMA_URL: &str = "https://opentelemetry.io/schemas/1.42.0";
 /// The name of the crate's meter, and the target of its spans and log records.
 pub(crate) const SCOPE: &str = "fraiseql_stream";
 /// The target of the one event that belongs in a span but not in the log.

@@ -24,6 +24,7 @@ const DATABASE: &[&str] = &[
     "db.collection.name",
     "db.namespace",
     "db.operation.name",
+    "db.query.summary",
     "db.system.name",
     "server.address",
     "server.port",
@@ -340,6 +341,7 @@ fn database_metrics_have_the_server_and_the_error() {
             let has = |key: &str, value: Value| assert_eq!(point.attributes.get(key), Some(&value), "{name}");
             has("db.system.name", json!("postgresql"));
             has("db.operation.name", json!("SELECT"));
+            has("db.query.summary", json!("SELECT broken"));
             has("server.address", json!("127.0.0.1"));
             has("server.port", json!(crate::servers::postgres().port()));
             has("error.type", json!("22012"));
