@@ -23,25 +23,18 @@ use crate::sync::lock;
 ///
 /// # Metrics
 ///
-/// | name | unit | records |
-/// |---|---|---|
-/// | `fraiseql_channel_occupancy_rows` | rows | histogram: rows waiting in the channel at each poll batch |
-/// | `fraiseql.channel.utilization` | 1 | histogram: the larger of rows / row limit and bytes / byte limit at each poll batch |
-/// | `fraiseql.channel.row.count`, `.row.limit` | rows | rows waiting in the channels, and their limit |
-/// | `fraiseql.channel.memory.usage`, `.memory.limit` | bytes | payload bytes waiting in the channels, and their limit |
-/// | `fraiseql.channel.backlog.time` | s | time in which the consumer was busy while rows, or the end of the stream, waited |
-/// | `fraiseql.chunk.size` | rows | histogram: rows of the chunk taken by each poll batch |
-/// | `fraiseql.chunk.adjustments` | 1 | always zero in this version |
-/// | `fraiseql.stream.time` | s | the consumer's time by `state`, as in [`StreamTime`](crate::StreamTime) |
-/// | `fraiseql.producer.time` | s | the producer's time by `state`, as in [`ProducerTime`](crate::ProducerTime) |
-/// | `fraiseql.stream.rows` | rows | rows by `outcome`: `yielded`, `filtered`, `failed` |
-/// | `fraiseql.stream.io` | bytes | payload bytes received |
-/// | `fraiseql.stream.active`, `.ended` | streams | live streams; ended streams by `outcome` |
-/// | `fraiseql.stream.time_to_first_row` | s | histogram: time from the query to its first row |
-/// | `fraiseql.stream.since_last_row` | s | the longest time since the last row, of all live streams |
-/// | `db.client.operation.duration`, `db.client.response.returned_rows` | s, rows | histograms of the semantic conventions |
+/// [docs/metrics.md] describes each metric: its unit and attributes, what a high and a low value mean, and how many series
+/// an entity has. They report
 ///
-/// A *poll batch* is a poll of the stream that takes a chunk from the channel.
+/// - the channel, at each poll batch, that is, each time a chunk is taken from it: `fraiseql_channel_occupancy_rows`,
+///   `fraiseql.channel.*`, `fraiseql.chunk.*`
+/// - where the time goes, as in [`StreamTime`](crate::StreamTime) and [`ProducerTime`](crate::ProducerTime):
+///   `fraiseql.stream.time`, `fraiseql.producer.time`, `fraiseql.channel.backlog.time`
+/// - rows, bytes, and the streams themselves: `fraiseql.stream.*`
+/// - queries, after the semantic conventions: `db.client.operation.duration`, which contains the time of the consumer, and
+///   `db.client.response.returned_rows`
+///
+/// [docs/metrics.md]: https://github.com/fraiseql/fraiseql-stream/blob/main/docs/metrics.md
 ///
 /// # Entities
 ///
@@ -67,8 +60,9 @@ use crate::sync::lock;
 ///
 /// # Log records
 ///
-/// Each stream logs through `tracing`, with the target `fraiseql_stream`: its start at level `debug`, and its statistics
-/// every 30 s at level `info`.
+/// Each stream logs through `tracing`, with the target `fraiseql_stream`: its start at level `debug`, its statistics every
+/// 30 s at level `info`, and the error with which it fails, or is refused, once at level `error`. The text of the error
+/// leaves out messages of Postgres that may quote values.
 ///
 /// # Spans
 ///
@@ -213,7 +207,7 @@ const TIME_TO_FIRST_ROW: HistogramSpec = HistogramSpec(
 );
 // The semantic conventions define the bounds of these two.
 const OPERATION_DURATION: HistogramSpec = HistogramSpec(
-    spec("db.client.operation.duration", "s", "Duration of database client operations"),
+    spec("db.client.operation.duration", "s", "Duration of database client operations."),
     &[0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0],
 );
 const RETURNED_ROWS: HistogramSpec = HistogramSpec(

@@ -8,6 +8,7 @@
 
 mod batches;
 mod catalogue;
+mod conventions;
 mod ends;
 mod entities;
 mod environment;
@@ -18,6 +19,7 @@ mod outcomes;
 mod own_provider;
 mod queries;
 mod received;
+mod registry;
 mod scenario;
 mod secrets;
 mod servers;
