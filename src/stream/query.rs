@@ -18,7 +18,7 @@ use crate::channel::{Clock, Limits, Observer, Watchdog, bounded};
 use crate::connection::{Connection, Hold};
 use crate::error::{Error, ErrorKind, Result};
 use crate::postgres::{self, Lease, Session, Sql, Value};
-use crate::telemetry::{Heartbeat, QueryInfo, Recorder};
+use crate::telemetry::{Heartbeat, QueryInfo, Recorder, wait_in_span};
 
 /// A query for the JSON documents of one entity. Created by [`Connection::query`] and [`Connection::into_query`].
 ///
@@ -309,8 +309,12 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
             Ok(checked) => checked,
             Err(error) => return Err(self.refuse(entity, error)),
         };
-        let session = Arc::clone(&self.connection.borrow().session);
-        let turn = session.turn_for_query().await.map_err(|error| self.refuse(entity, error))?;
+        let (session, database) = {
+            let connection = self.connection.borrow();
+            (Arc::clone(&connection.session), Arc::clone(&connection.telemetry.database))
+        };
+        let turn = wait_in_span(entity, &database, session.turn_for_query()).await;
+        let turn = turn.map_err(|error| self.refuse(entity, error))?;
 
         let watchdog = Watchdog::of(&runtime);
         let (sender, mut receiver) = bounded(limits, Clock::start(), Arc::clone(&watchdog));

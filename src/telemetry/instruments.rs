@@ -68,7 +68,8 @@ use crate::sync::lock;
 ///
 /// Streams record their spans through `tracing`, at level `info` and with the target `fraiseql_stream`. They reach a
 /// tracer provider only through a layer of [tracing-opentelemetry] in your subscriber; without one, there are no spans.
-/// The layer of `otlp::Guard::layer` is one. The first row is an event of its query span, at level `debug` and with the
+/// The layer of `otlp::Guard::layer` is one. The spans are those of connecting, of a stream that has to wait for its
+/// connection, of a query, of its poll batches, and of its cancel requests. The first row is an event of its query span, at level `debug` and with the
 /// target `fraiseql_stream::first_row`.
 ///
 /// ```

@@ -1,6 +1,7 @@
 //! What a stream reports to OpenTelemetry and `tracing`. Every stage writes to this module, which depends on none of
 //! them.
 
+mod before;
 mod database;
 mod ends;
 mod failure;
@@ -9,6 +10,7 @@ mod recorder;
 mod registry;
 mod spans;
 
+pub(crate) use before::{connect_span, record_connected, record_error, wait_in_span};
 pub(crate) use database::Database;
 #[cfg(feature = "otlp")]
 pub(crate) use ends::ENDS;

@@ -41,11 +41,12 @@ fn every_kind_of_stream() -> Result {
         let nowhere = db.query::<Document>("nowhere").stream().await.is_err();
         assert!(nowhere);
 
+        let mut other = Connection::builder(scenario::url()).query_text(true).connect().await?;
         let mut dropped = db.query::<RawJson>("dropped").stream().await?;
         dropped.next().await.ok_or("no row")??;
-        dropped.close().await?;
+        // The next stream has to wait for its clean-up.
+        drop(dropped);
 
-        let mut other = Connection::builder(scenario::url()).query_text(true).connect().await?;
         let mut held = db.query::<RawJson>("held").stream().await?;
         let mut held_too = other.query::<RawJson>("held").stream().await?;
         held.next().await.ok_or("no row")??;

@@ -7,6 +7,7 @@
 #![expect(clippy::float_cmp, reason = "floats represent these numbers of rows and bytes exactly")]
 
 mod batches;
+mod before;
 mod catalogue;
 mod conventions;
 mod ends;
