@@ -48,15 +48,8 @@ use crate::sync::lock;
 ///   query, or the future of `stream()` was dropped first. They are counted in `fraiseql.stream.ended` only and, if the
 ///   query was sent, in the `db.client` metrics.
 ///
-/// `fraiseql.stream.ended` counts streams by `outcome`: `complete`, `dropped` or `failed`. For a failed stream,
-/// `error.type` is the [kind](crate::ErrorKind::as_str) of its error. Every series is exported from the start, at zero,
-/// so that `increase()` includes the first failure. The SQLSTATE is in `db.client.operation.duration`, as `error.type`
-/// and `db.response.status_code`, and on the span.
-///
-/// An SDK keeps 2,000 series per instrument unless a view sets another limit. With more than 300 entities, raise the
-/// cardinality limit of the instruments with several series per entity, as `otlp::init()` does: `fraiseql.stream.time`
-/// and `fraiseql.stream.ended` (5 or more), `fraiseql.stream.rows` (3), `fraiseql.producer.time` and
-/// `fraiseql.chunk.adjustments` (2).
+/// With a meter provider of your own and more than 300 entities, raise the cardinality limit of the instruments with several
+/// series per entity, as `otlp::init()` does: an SDK keeps 2,000 series per instrument unless a view sets another limit.
 ///
 /// # Log records
 ///
@@ -69,8 +62,8 @@ use crate::sync::lock;
 /// Streams record their spans through `tracing`, at level `info` and with the target `fraiseql_stream`. They reach a
 /// tracer provider only through a layer of [tracing-opentelemetry] in your subscriber; without one, there are no spans.
 /// The layer of `otlp::Guard::layer` is one. The spans are those of connecting, of a stream that has to wait for its
-/// connection, of a query, of its poll batches, and of its cancel requests. The first row is an event of its query span, at level `debug` and with the
-/// target `fraiseql_stream::first_row`.
+/// connection, of a query, of its poll batches, and of its cancel requests. The first row is an event of its query span,
+/// at level `debug` and with the target `fraiseql_stream::first_row`.
 ///
 /// ```
 /// use opentelemetry::trace::TracerProvider as _;
