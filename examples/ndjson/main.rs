@@ -15,6 +15,7 @@ mod pause;
 mod signals;
 mod sink;
 mod stats;
+mod telemetry;
 
 use std::fmt;
 use std::io::{self, ErrorKind, Write as _};
@@ -131,7 +132,7 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn new(args: &'a Args) -> io::Result<Self> {
         let mut errors = Sink::new(io::stderr())?;
-        let telemetry = otlp::init_if_configured().unwrap_or_else(|error| {
+        let telemetry = telemetry::start().unwrap_or_else(|error| {
             errors
                 .line(format!("ndjson: cannot set up telemetry: {error}; continuing without it").as_bytes());
             None
@@ -185,7 +186,7 @@ impl<'a> Run<'a> {
         };
         let _ = timeout(limit, self.errors.finish()).await;
         if let Some(telemetry) = self.telemetry.take() {
-            // The subscriber that `otlp::init` installed has already logged a failure.
+            // A failure has already been logged.
             let _ = telemetry.shutdown().await;
         }
     }

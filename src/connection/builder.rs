@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use tokio::runtime::Handle;
 use tokio_postgres::Config;
+use tracing::Instrument;
 
 use super::{Connection, Telemetry};
 use crate::error::{Error, Result};
 use crate::postgres::{self, Session};
-use crate::telemetry::{Database, Instruments, PollSpans};
+use crate::telemetry::{self, Database, Instruments, PollSpans};
 
 /// A builder for a [`Connection`] with settings other than the defaults. Created by [`Connection::builder`].
 ///
@@ -143,9 +144,12 @@ impl ConnectionBuilder {
         if Handle::try_current().is_err() {
             return Err(Error::no_runtime());
         }
-        let session = Session::connect(config, self.statement_cache).await?;
+        let span = telemetry::connect_span();
+        let session = Session::connect(config, self.statement_cache).instrument(span.clone()).await;
+        let session = session.inspect_err(|error| telemetry::record_error(&span, error))?;
         let peer = session.peer();
         let database = Database::new(peer.address(), peer.port(), session.database(), session.schema());
+        telemetry::record_connected(&span, &database);
         Ok(Connection {
             session: Arc::new(session),
             telemetry: Telemetry {

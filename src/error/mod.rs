@@ -2,6 +2,7 @@
 
 mod client;
 mod pace;
+mod recorded;
 
 use std::fmt::{self, Write as _};
 use std::io;
@@ -11,7 +12,8 @@ use tokio_postgres::error::{DbError, SqlState};
 
 use self::client::{advice, details, is_disconnect, is_io, what};
 pub(crate) use self::client::{describe, io_cause};
-pub(crate) use self::pace::pace;
+use self::pace::pace;
+pub(crate) use self::recorded::Recorded;
 use crate::channel::{OneLine, Stats};
 
 /// A [`std::result::Result`] whose error type defaults to [`Error`].
@@ -370,7 +372,14 @@ const CHECK_ADDRESS: &str = "; check host and port, and that Postgres accepts co
 /// Writes the whole error on one line.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Inner { kind, entity, message, more, stats, .. } = &*self.0;
+        self.0.write(f, &self.0.message, &self.0.more)
+    }
+}
+
+impl Inner {
+    /// Writes the error on one line, with this message, and these details and advice.
+    fn write(&self, f: &mut fmt::Formatter<'_>, message: &str, more: &str) -> fmt::Result {
+        let Self { kind, entity, stats, .. } = self;
         let mut line = OneLine(f);
         if let Some(entity) = entity.as_ref().filter(|entity| !entity.is_empty()) {
             write!(line, "{entity}: ")?;

@@ -3,7 +3,7 @@
 use crate::channel::{Stats, Verdict};
 
 /// Returns the side that set the pace, with its share and what that means.
-pub(crate) fn pace(stats: &Stats) -> String {
+pub(super) fn pace(stats: &Stats) -> String {
     format!("{}{}", stats.shares().summary(), meaning(stats.verdict()))
 }
 

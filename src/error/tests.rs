@@ -43,3 +43,17 @@ fn error_is_one_line_and_nothing_is_escaped_twice() {
     let quoted = Error::config(format!("{:?}", "\n\u{1b}\u{2028}"));
     assert_eq!(quoted.to_string(), r#""\n\u{1b}\u{2028}""#);
 }
+
+#[tokio::test]
+async fn recorded_text_has_neither_the_sqlstate_nor_a_message_that_may_quote_values() {
+    let recorded = async |code| {
+        let fields = [(b'S', "ERROR"), (b'C', code), (b'M', "the message"), (b'D', "the detail")];
+        let error = Error::query(received(&fields).await).of_entity(&"orders".into());
+        Recorded(&error).to_string()
+    };
+    assert_eq!(recorded("42P01").await, "orders: the message; detail: the detail");
+    for (code, what) in [("22P02", "data exception"), ("23505", "constraint violation")] {
+        let hidden = format!("orders: {what} (its message may quote values, so it is not recorded)");
+        assert_eq!(recorded(code).await, hidden);
+    }
+}

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 use tokio_postgres::{CancelToken, NoTls};
-use tracing::Instrument;
+use tracing::{Instrument, record_all, warn};
 
 use super::connect::Peer;
 use super::rows::RawRows;
@@ -33,23 +33,25 @@ pub(super) async fn request_until(
     query: &QuerySpan,
     end: impl Future<Output = ()>,
 ) -> bool {
-    let span = tracing::info_span!(
-        target: SCOPE,
-        parent: &query.get(),
-        "cancel",
-        otel.kind = "client",
-        otel.status_code = tracing::field::Empty,
-        db.system.name = "postgresql",
-        server.address = peer.address(),
-    );
+    let span = query.open_cancel();
     let requests = send_requests(peer, token, end);
-    let why = match timeout(CLEANUP_TIMEOUT, requests).instrument(span.clone()).await {
+    let (error_type, why) = match timeout(CLEANUP_TIMEOUT, requests).instrument(span.clone()).await {
         Ok(Ok(())) => return true,
-        Ok(Err(error)) => error.to_string(),
-        Err(_) => format!("it did not end within {} s", CLEANUP_TIMEOUT.as_secs()),
+        Ok(Err(error)) => (ErrorKind::Disconnected.as_str(), error.to_string()),
+        Err(_) => ("timeout", format!("it did not end within {} s", CLEANUP_TIMEOUT.as_secs())),
     };
-    span.record("otel.status_code", "error");
-    tracing::warn!(target: SCOPE, parent: &span, "cannot cancel the query of a dropped stream: {why}; its connection is closed");
+    record_all!(
+        span,
+        otel.status_code = "error",
+        otel.status_description = &*why,
+        error.type = error_type,
+    );
+    let _in_span = span.enter();
+    warn!(
+        name: "fraiseql.cancel.failed",
+        target: SCOPE,
+        "cannot cancel the query of a dropped stream: {why}; its connection is closed"
+    );
     false
 }
 

@@ -46,7 +46,7 @@ impl Session {
     pub(crate) async fn connect(config: Config, statement_cache: usize) -> Result<Self, Error> {
         let (client, connection, peer) = connect::connect(&config).await?;
         if let Some(warning) = connect::plaintext_warning(&config, &peer) {
-            tracing::warn!(target: SCOPE, "{warning}");
+            tracing::warn!(name: "fraiseql.connection.plaintext", target: SCOPE, "{warning}");
         }
         let schema = connection.parameter("search_path").and_then(first_schema);
         let loss = Arc::new(OnceLock::new());

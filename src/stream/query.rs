@@ -18,7 +18,7 @@ use crate::channel::{Clock, Limits, Observer, Watchdog, bounded};
 use crate::connection::{Connection, Hold};
 use crate::error::{Error, ErrorKind, Result};
 use crate::postgres::{self, Lease, Session, Sql, Value};
-use crate::telemetry::{Heartbeat, QueryInfo, Recorder};
+use crate::telemetry::{Heartbeat, QueryInfo, Recorder, wait_in_span};
 
 /// A query for the JSON documents of one entity. Created by [`Connection::query`] and [`Connection::into_query`].
 ///
@@ -302,21 +302,21 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
         let entity: Arc<str> = Arc::from(self.sql.entity.as_str());
         match self.start(&entity).await {
             Ok(parts) => Ok(JsonStream::new(parts, self.connection)),
-            // It was another stream that aborted the transaction.
-            Err(error) if error.kind() == ErrorKind::TransactionAborted => {
-                Err(self.connection.give_back(error))
-            }
-            Err(error) => Err(self.connection.give_back(error.of_entity(&entity))),
+            Err(error) => Err(self.connection.give_back(error)),
         }
     }
 
     async fn start(&mut self, entity: &Arc<str>) -> Result<Parts<T>> {
         let (limits, text, runtime) = match self.check() {
             Ok(checked) => checked,
-            Err(error) => return Err(self.refuse(error)),
+            Err(error) => return Err(self.refuse(entity, error)),
         };
-        let session = Arc::clone(&self.connection.borrow().session);
-        let turn = session.turn_for_query().await.map_err(|error| self.refuse(error))?;
+        let (session, database) = {
+            let connection = self.connection.borrow();
+            (Arc::clone(&connection.session), Arc::clone(&connection.telemetry.database))
+        };
+        let turn = wait_in_span(entity, &database, session.turn_for_query()).await;
+        let turn = turn.map_err(|error| self.refuse(entity, error))?;
 
         let watchdog = Watchdog::of(&runtime);
         let (sender, mut receiver) = bounded(limits, Clock::start(), Arc::clone(&watchdog));
@@ -349,6 +349,7 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
                 Ok(Parts { receiver, predicate, observer, recorder, unseen_failure, limit, launch })
             }
             Err(error) => {
+                let error = error.of_entity(entity);
                 if error.sqlstate().is_some() {
                     unseen_failure.store(false, Ordering::Relaxed);
                 }
@@ -374,9 +375,14 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
         Ok((limits, text, runtime))
     }
 
-    /// Counts a stream that never began.
-    fn refuse(&self, error: Error) -> Error {
-        self.connection.borrow().telemetry.instruments.count_refusal(&error);
+    /// Records a stream that never began.
+    fn refuse(&self, entity: &Arc<str>, error: Error) -> Error {
+        let error = match error.kind() {
+            // It was another stream that aborted the transaction.
+            ErrorKind::TransactionAborted => error,
+            _ => error.of_entity(entity),
+        };
+        self.connection.borrow().telemetry.instruments.record_refusal(entity, &error);
         error
     }
 

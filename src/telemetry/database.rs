@@ -41,10 +41,12 @@ impl Database {
     /// fastest.
     pub(super) fn attributes(&self, collection: &Value, schema: Option<&str>) -> Arc<[KeyValue]> {
         let namespace = self.namespace(schema).map(Cow::into_owned);
+        let summary = format!("SELECT {collection}");
         let attributes = [
             Some(KeyValue::new("db.collection.name", collection.clone())),
             namespace.map(|namespace| KeyValue::new("db.namespace", namespace)),
             Some(KeyValue::new("db.operation.name", "SELECT")),
+            Some(KeyValue::new("db.query.summary", summary)),
             Some(KeyValue::new("db.system.name", "postgresql")),
             Some(KeyValue::new("server.address", self.address.clone())),
             self.port.map(|port| KeyValue::new("server.port", i64::from(port))),

@@ -6,10 +6,11 @@ use std::sync::{Arc, Mutex};
 use opentelemetry::metrics::{AsyncInstrument, Histogram, Meter, MeterProvider};
 use opentelemetry::{InstrumentationScope, KeyValue, global};
 
-use super::SCOPE;
 use super::ends::End;
+use super::failure::log_failure;
 use super::registry::{Levels, OUTCOMES, Registry, STATES, Totals};
 use super::spans::seconds;
+use super::{SCHEMA_URL, SCOPE};
 use crate::error::Error;
 use crate::sync::lock;
 
@@ -22,25 +23,18 @@ use crate::sync::lock;
 ///
 /// # Metrics
 ///
-/// | name | unit | records |
-/// |---|---|---|
-/// | `fraiseql_channel_occupancy_rows` | rows | histogram: rows waiting in the channel at each poll batch |
-/// | `fraiseql.channel.utilization` | 1 | histogram: the larger of rows / row limit and bytes / byte limit at each poll batch |
-/// | `fraiseql.channel.row.count`, `.row.limit` | rows | rows waiting in the channels, and their limit |
-/// | `fraiseql.channel.memory.usage`, `.memory.limit` | bytes | payload bytes waiting in the channels, and their limit |
-/// | `fraiseql.channel.backlog.time` | s | time in which the consumer was busy while rows, or the end of the stream, waited |
-/// | `fraiseql.chunk.size` | rows | histogram: rows of the chunk taken by each poll batch |
-/// | `fraiseql.chunk.adjustments` | 1 | always zero in this version |
-/// | `fraiseql.stream.time` | s | the consumer's time by `state`, as in [`StreamTime`](crate::StreamTime) |
-/// | `fraiseql.producer.time` | s | the producer's time by `state`, as in [`ProducerTime`](crate::ProducerTime) |
-/// | `fraiseql.stream.rows` | rows | rows by `outcome`: `yielded`, `filtered`, `failed` |
-/// | `fraiseql.stream.io` | bytes | payload bytes received |
-/// | `fraiseql.stream.active`, `.ended` | streams | live streams; ended streams by `outcome` |
-/// | `fraiseql.stream.time_to_first_row` | s | histogram: time from the query to its first row |
-/// | `fraiseql.stream.since_last_row` | s | the longest time since the last row, of all live streams |
-/// | `db.client.operation.duration`, `db.client.response.returned_rows` | s, rows | histograms of the semantic conventions |
+/// [docs/metrics.md] describes each metric: its unit and attributes, what a high and a low value mean, and how many series
+/// an entity has. They report
 ///
-/// A *poll batch* is a poll of the stream that takes a chunk from the channel.
+/// - the channel, at each poll batch, that is, each time a chunk is taken from it: `fraiseql_channel_occupancy_rows`,
+///   `fraiseql.channel.*`, `fraiseql.chunk.*`
+/// - where the time goes, as in [`StreamTime`](crate::StreamTime) and [`ProducerTime`](crate::ProducerTime):
+///   `fraiseql.stream.time`, `fraiseql.producer.time`, `fraiseql.channel.backlog.time`
+/// - rows, bytes, and the streams themselves: `fraiseql.stream.*`
+/// - queries, after the semantic conventions: `db.client.operation.duration`, which contains the time of the consumer, and
+///   `db.client.response.returned_rows`
+///
+/// [docs/metrics.md]: https://github.com/fraiseql/fraiseql-stream/blob/main/docs/metrics.md
 ///
 /// # Entities
 ///
@@ -54,27 +48,22 @@ use crate::sync::lock;
 ///   query, or the future of `stream()` was dropped first. They are counted in `fraiseql.stream.ended` only and, if the
 ///   query was sent, in the `db.client` metrics.
 ///
-/// `fraiseql.stream.ended` counts streams by `outcome`: `complete`, `dropped` or `failed`. For a failed stream,
-/// `error.type` is the [kind](crate::ErrorKind::as_str) of its error. Every series is exported from the start, at zero,
-/// so that `increase()` includes the first failure. The SQLSTATE is in `db.client.operation.duration`, as `error.type`
-/// and `db.response.status_code`, and on the span.
-///
-/// An SDK keeps 2,000 series per instrument unless a view sets another limit. With more than 300 entities, raise the
-/// cardinality limit of the instruments with several series per entity, as `otlp::init()` does: `fraiseql.stream.time`
-/// and `fraiseql.stream.ended` (5 or more), `fraiseql.stream.rows` (3), `fraiseql.producer.time` and
-/// `fraiseql.chunk.adjustments` (2).
+/// With a meter provider of your own and more than 300 entities, raise the cardinality limit of the instruments with several
+/// series per entity, as `otlp::init()` does: an SDK keeps 2,000 series per instrument unless a view sets another limit.
 ///
 /// # Log records
 ///
-/// Each stream logs through `tracing`, with the target `fraiseql_stream`: its start at level `debug`, and its statistics
-/// every 30 s at level `info`.
+/// Each stream logs through `tracing`, with the target `fraiseql_stream`: its start at level `debug`, its statistics every
+/// 30 s at level `info`, and the error with which it fails, or is refused, once at level `error`. The text of the error
+/// leaves out messages of Postgres that may quote values.
 ///
 /// # Spans
 ///
 /// Streams record their spans through `tracing`, at level `info` and with the target `fraiseql_stream`. They reach a
 /// tracer provider only through a layer of [tracing-opentelemetry] in your subscriber; without one, there are no spans.
-/// The layer of `otlp::Guard::layer` is one. The first row is an event of its query span, at level `debug` and with the
-/// target `fraiseql_stream::first_row`.
+/// The layer of `otlp::Guard::layer` is one. The spans are those of connecting, of a stream that has to wait for its
+/// connection, of a query, of its poll batches, and of its cancel requests. The first row is an event of its query span,
+/// at level `debug` and with the target `fraiseql_stream::first_row`.
 ///
 /// ```
 /// use opentelemetry::trace::TracerProvider as _;
@@ -128,8 +117,8 @@ impl Instruments {
     /// let instruments = Instruments::new(&provider);
     /// ```
     pub fn new(provider: &dyn MeterProvider) -> Self {
-        let scope = InstrumentationScope::builder(SCOPE).with_version(env!("CARGO_PKG_VERSION")).build();
-        let meter = provider.meter_with_scope(scope);
+        let scope = InstrumentationScope::builder(SCOPE).with_version(env!("CARGO_PKG_VERSION"));
+        let meter = provider.meter_with_scope(scope.with_schema_url(SCHEMA_URL).build());
         let registry = Arc::new(Registry::default());
         observe_times(&meter, &registry);
         observe_counts(&meter, &registry);
@@ -146,9 +135,10 @@ impl Instruments {
         }))
     }
 
-    /// Counts a stream that was refused before anything was sent.
-    pub(crate) fn count_refusal(&self, error: &Error) {
+    /// Counts and logs a stream that was refused before anything was sent.
+    pub(crate) fn record_refusal(&self, entity: &str, error: &Error) {
         self.0.registry.count_refused(End::Failed(error));
+        log_failure(entity, error);
     }
 
     /// Returns the default instruments, which are created on the global provider at first use.
@@ -211,7 +201,7 @@ const TIME_TO_FIRST_ROW: HistogramSpec = HistogramSpec(
 );
 // The semantic conventions define the bounds of these two.
 const OPERATION_DURATION: HistogramSpec = HistogramSpec(
-    spec("db.client.operation.duration", "s", "Duration of database client operations"),
+    spec("db.client.operation.duration", "s", "Duration of database client operations."),
     &[0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0],
 );
 const RETURNED_ROWS: HistogramSpec = HistogramSpec(
@@ -279,7 +269,9 @@ fn observe_counts(meter: &Meter, registry: &Arc<Registry>) {
     counts(spec("fraiseql.stream.rows", "{row}", "Rows by outcome"), |totals| {
         by("outcome", &OUTCOMES, &totals.rows)
     });
-    counts(spec("fraiseql.stream.io", "By", "Payload bytes received"), |totals| vec![(None, totals.bytes)]);
+    counts(spec("fraiseql.stream.io", "By", "Payload bytes received from Postgres"), |totals| {
+        vec![(None, totals.bytes)]
+    });
     // The chunk size is fixed in this version: the zeros are true, and dashboards can already use the metric.
     counts(spec("fraiseql.chunk.adjustments", "{adjustment}", "Changes of the chunk size"), |_| {
         by("direction", &["up", "down"], &[0, 0])

@@ -6,13 +6,13 @@ use opentelemetry::KeyValue;
 use tokio_postgres::error::SqlState;
 use tracing::{debug, info, record_all};
 
-use super::database::Database;
 use super::ends::End;
+use super::failure::log_failure;
 use super::registry::{Live, REFUSED};
 use super::spans::{BatchSpans, PollBatch, QueryInfo, QuerySpan, int, seconds};
 use super::{FIRST_ROW, Instruments, PollSpans, SCOPE};
 use crate::channel::{Nanos, Observer, Stats};
-use crate::error::{Error, pace};
+use crate::error::{Error, Recorded};
 
 /// Records the metrics and spans of one stream.
 #[derive(Debug)]
@@ -21,9 +21,6 @@ pub(crate) struct Recorder {
     stream: Observer,
     span: QuerySpan,
     batches: BatchSpans,
-    database: Arc<Database>,
-    /// The schema in the entity's name, if it has one.
-    schema: Option<String>,
     state: State,
     first_row: bool,
 }
@@ -45,15 +42,15 @@ impl Recorder {
         query: QueryInfo<'_>,
         spans: PollSpans,
     ) -> Self {
-        let span = QuerySpan::open(&query);
-        span.get().in_scope(|| debug!(target: SCOPE, entity = &*stream.entity, "stream started"));
+        let span = QuerySpan::open(query);
+        span.get().in_scope(|| {
+            debug!(name: "fraiseql.stream.started", target: SCOPE, entity = &*stream.entity, "stream started");
+        });
         Self {
             instruments: instruments.clone(),
             stream,
             batches: BatchSpans::new(spans, &span),
             span,
-            database: Arc::clone(query.database),
-            schema: query.schema,
             state: State::Pending,
             first_row: false,
         }
@@ -64,7 +61,7 @@ impl Recorder {
     pub(crate) fn accepted(&mut self) {
         if let State::Pending = self.state {
             let registry = &self.instruments.0.registry;
-            let live = Live::new(registry, &self.stream, &self.database, self.schema.as_deref());
+            let live = Live::new(registry, &self.stream, self.span.database(), self.span.schema());
             self.state = State::Accepted(live);
         }
     }
@@ -94,7 +91,8 @@ impl Recorder {
         if !self.first_row {
             self.first_row = true;
             instruments.time_to_first_row.record(seconds(now), live.attributes());
-            debug!(target: FIRST_ROW, parent: &self.span.get(), "first row");
+            // In a span, the message is the name of the event.
+            debug!(name: "fraiseql.first_row", target: FIRST_ROW, parent: &self.span.get(), "fraiseql.first_row");
         }
         self.batches.taken(now, batch);
     }
@@ -113,12 +111,15 @@ impl Recorder {
             State::Accepted(live) => live.end(end),
             State::Pending => {
                 registry.count_refused(end);
-                self.database.attributes(&REFUSED.into(), None)
+                self.span.database().attributes(&REFUSED.into(), None)
             }
         };
         let stats = self.stream.stats();
         self.record_operation(&stats, end, database);
         self.batches.close(self.stream.gauge.decode_time());
+        if let Some(error) = end.error() {
+            self.span.get().in_scope(|| log_failure(&self.stream.entity, error));
+        }
         self.end_span(&stats, end);
         match end {
             // The query is cancelled next, in a span below this one.
@@ -145,6 +146,7 @@ impl Recorder {
             return;
         }
         let error = end.error();
+        let failure = error.map(|error| Recorded(error).to_string());
         // All fields in one call, because each call looks up the span.
         record_all!(
             span,
@@ -161,25 +163,13 @@ impl Recorder {
             fraiseql.time.decode = time.decode.as_secs_f64(),
             fraiseql.time.consumer = time.consumer.as_secs_f64(),
             fraiseql.time.paused = time.paused.as_secs_f64(),
-            db.response.returned_rows = int(stats.rows + stats.filtered + stats.failed),
             db.response.status_code = error.and_then(Error::sqlstate).map(SqlState::code),
             error.type = error.map(Error::type_name),
             otel.status_code = error.map(|_| "error"),
-            otel.status_description = error.map(|error| description(error, stats)),
+            otel.status_description = failure,
         );
         // The exporting layer takes the last exit of a span as its end, which is here and not after the clean-up.
         span.in_scope(|| ());
-    }
-}
-
-/// Describes an error for the span. Leaves out the server's message for data exceptions (class 22) and violated
-/// constraints (class 23), which quote values of the query or of rows.
-fn description(error: &Error, stats: &Stats) -> String {
-    match error.type_name() {
-        code if code.starts_with("22") || code.starts_with("23") => {
-            format!("{code} {}; {}", stats.progress(), pace(stats))
-        }
-        _ => error.to_string(),
     }
 }
 
@@ -211,6 +201,7 @@ impl Heartbeat {
         let span = self.query.get();
         let _in_query = span.enter();
         info!(
+            name: "fraiseql.stream.heartbeat",
             target: SCOPE,
             entity = &*stats.entity,
             rows = int(stats.rows),

@@ -151,6 +151,7 @@ impl Registry {
         drop(entities);
         if is_full && !self.overflow_is_logged.swap(true, Ordering::Relaxed) {
             tracing::warn!(
+                name: "fraiseql.entities.overflow",
                 target: SCOPE,
                 "more than {MAX_ENTITIES} entities are streamed: metrics count further ones as entity={OTHER:?}; keep the number of distinct entities small"
             );

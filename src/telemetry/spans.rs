@@ -76,14 +76,50 @@ pub(crate) struct QuerySpan(Arc<SpanCell>);
 #[derive(Debug)]
 struct SpanCell {
     span: Mutex<Span>,
+    database: Arc<Database>,
+    /// The schema in the entity's name, if it has one.
+    schema: Option<String>,
     /// Whether the span is counted in `DEFERRED`.
     is_deferred: AtomicBool,
 }
 
 impl QuerySpan {
     /// Opens the span, as a child of the caller's current span.
-    pub(super) fn open(query: &QueryInfo<'_>) -> Self {
-        Self(Arc::new(SpanCell { span: Mutex::new(query_span(query)), is_deferred: AtomicBool::new(false) }))
+    pub(super) fn open(query: QueryInfo<'_>) -> Self {
+        Self(Arc::new(SpanCell {
+            span: Mutex::new(query_span(&query)),
+            database: Arc::clone(query.database),
+            schema: query.schema,
+            is_deferred: AtomicBool::new(false),
+        }))
+    }
+
+    /// Opens the span of the query's cancel requests, as a child of its span.
+    pub(crate) fn open_cancel(&self) -> Span {
+        let SpanCell { database, schema, .. } = &*self.0;
+        info_span!(
+            target: SCOPE,
+            parent: &self.get(),
+            "cancel",
+            otel.kind = "client",
+            otel.status_code = Empty,
+            otel.status_description = Empty,
+            db.system.name = "postgresql",
+            db.namespace = database.namespace(schema.as_deref()).as_deref(),
+            server.address = database.address,
+            server.port = database.port.map(i64::from),
+            error.type = Empty,
+        )
+    }
+
+    /// Returns the database of the query.
+    pub(super) fn database(&self) -> &Arc<Database> {
+        &self.0.database
+    }
+
+    /// Returns the schema in the entity's name, if it has one.
+    pub(super) fn schema(&self) -> Option<&str> {
+        self.0.schema.as_deref()
     }
 
     /// Returns the span, or a disabled one once it is closed.
@@ -144,7 +180,6 @@ fn query_span(query: &QueryInfo<'_>) -> Span {
         db.query.summary = query.summary,
         db.query.text = query.text,
         db.response.status_code = Empty,
-        db.response.returned_rows = Empty,
         server.address = database.address,
         server.port = database.port.map(i64::from),
         error.type = Empty,

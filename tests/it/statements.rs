@@ -191,9 +191,8 @@ async fn statement_deallocated_inside_a_transaction_is_reported_as_such() {
     run(&mut db, "BEGIN").await;
     assert_eq!(up_to(&mut db, "t", 9).await, [1, 2]);
     run(&mut db, "DEALLOCATE ALL").await;
-    let error =
-        outcome(all(&mut db, "t").where_sql("(data->>'id')::int <= $1", &[&9]).order_by("data->>'id'"));
-    let error = error.await.unwrap_err();
+    let again = db.query("t").where_sql("(data->>'id')::int <= $1", &[&9]).order_by("data->>'id'");
+    let error = outcome(again).await.unwrap_err();
     assert_eq!(sqlstate(&error), (ErrorKind::Query, "26000"));
     assert!(error.to_string().contains("do not run DEALLOCATE or DISCARD inside a transaction"), "{error}");
 }

@@ -84,8 +84,10 @@ fn start_and_heartbeat_are_logged_and_nothing_after_the_end_of_a_stream() {
     assert_eq!((number("DEBUG"), number("INFO")), (3, 1), "{:#?}", received.logs);
     assert_eq!(received.logs.len(), 4, "{:#?}", received.logs);
 
-    assert_eq!(record(&received, "DEBUG").body, json!("stream started"));
+    let started = record(&received, "DEBUG");
+    assert_eq!((&started.body, &*started.event_name), (&json!("stream started"), "fraiseql.stream.started"));
     let heartbeat = record(&received, "INFO");
+    assert_eq!(heartbeat.event_name, "fraiseql.stream.heartbeat");
     for (attribute, value) in [
         ("rows", &outcome.reported["rows"]),
         ("bytes", &outcome.reported["bytes"]),

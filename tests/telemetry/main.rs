@@ -7,7 +7,9 @@
 #![expect(clippy::float_cmp, reason = "floats represent these numbers of rows and bytes exactly")]
 
 mod batches;
+mod before;
 mod catalogue;
+mod conventions;
 mod ends;
 mod entities;
 mod environment;
@@ -18,6 +20,7 @@ mod outcomes;
 mod own_provider;
 mod queries;
 mod received;
+mod registry;
 mod scenario;
 mod secrets;
 mod servers;

@@ -132,7 +132,7 @@ impl Running {
         let has_passed = status.is_some_and(|status| status.success()) && stdout.iter().any(passed);
         let output = stdout.join("\n");
         assert!(has_passed, "{status:?} after {elapsed:?}\n{output}\n{stderr}");
-        Outcome::new(&stdout, stderr)
+        Outcome::new(&stdout, &stderr)
     }
 
     fn stderr(&mut self) -> String {
@@ -155,12 +155,14 @@ pub(crate) struct Outcome {
     pub(crate) reported: Value,
     /// The lines that the library printed to standard output.
     pub(crate) stdout: String,
-    /// The lines that the library printed to standard error.
+    /// The lines that the library printed to standard error, without those of failed streams.
     pub(crate) stderr: String,
+    /// The lines of failed streams on standard error.
+    pub(crate) failures: Vec<String>,
 }
 
 impl Outcome {
-    fn new(stdout: &[String], stderr: String) -> Self {
+    fn new(stdout: &[String], stderr: &str) -> Self {
         let frame = |line: &&String| {
             let frame = ["running 1 test", ".", "test result: "];
             line.is_empty() || line.starts_with(REPORT) || frame.iter().any(|of| line.starts_with(of))
@@ -168,7 +170,10 @@ impl Outcome {
         let report = stdout.iter().rev().find_map(|line| line.strip_prefix(REPORT));
         let reported = report.map_or(Value::Null, |report| serde_json::from_str(report).expect("it is JSON"));
         let printed: Vec<_> = stdout.iter().filter(|line| !frame(line)).cloned().collect();
-        Self { reported, stdout: printed.join("\n"), stderr }
+        let is_failure = |line: &&str| line.contains("ERROR ");
+        let (failures, others): (Vec<_>, Vec<_>) = stderr.split_inclusive('\n').partition(is_failure);
+        let failures = failures.into_iter().map(ToOwned::to_owned).collect();
+        Self { reported, stdout: printed.join("\n"), stderr: others.concat(), failures }
     }
 
     pub(crate) fn warnings(&self) -> Vec<&str> {

@@ -84,6 +84,8 @@ fn no_password_is_in_telemetry_output_or_errors() {
     assert!(received.text.contains("password authentication failed"));
     assert_no_secret("standard output", &outcome.stdout);
     assert_no_secret("standard error", &outcome.stderr);
+    assert_eq!(outcome.failures.len(), 2, "{:#?}", outcome.failures);
+    assert_no_secret("failures", &outcome.failures.concat());
     assert_eq!(outcome.reported.as_array().map(Vec::len), Some(12), "{:#}", outcome.reported);
     assert_no_secret("errors and debug output", &outcome.reported.to_string());
 }
