@@ -14,7 +14,7 @@ use opentelemetry_sdk::metrics::exporter::PushMetricExporter;
 use opentelemetry_sdk::trace::{SpanData, SpanExporter};
 use reqwest::Url;
 
-use super::settings::Signal;
+use super::signal::Signal;
 use crate::sync::lock;
 use crate::telemetry::SCOPE;
 

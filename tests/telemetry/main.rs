@@ -8,14 +8,18 @@
 
 mod batches;
 mod catalogue;
+mod certificates;
+mod documented;
 mod ends;
 mod entities;
 mod environment;
 mod guard;
+mod headers;
 mod logs;
 mod outage;
 mod outcomes;
 mod own_provider;
+mod propagation;
 mod queries;
 mod received;
 mod scenario;
