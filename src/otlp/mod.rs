@@ -76,8 +76,16 @@
 //!
 //! # Failures
 //!
-//! If the collector is unreachable, telemetry is lost and one line is logged; rows are not affected.
+//! If the collector is unreachable, telemetry is lost and one line is logged; rows are not affected. Another line follows
+//! when export has recovered. If a queue is full, spans or records are dropped, and a line says how many, at most once a
+//! minute. All of them are counted as well:
+//!
+//! | metric | counts, by `error.type` |
+//! |---|---|
+//! | `otel.sdk.processor.span.processed`, `otel.sdk.processor.log.processed` | what was handed to the exporter; `queue_full`: what was dropped |
+//! | `otel.sdk.exporter.span.exported`, `.log.exported`, `.metric_data_point.exported` | what was delivered; `_OTHER`: what was not |
 
+mod bounded;
 mod env;
 mod error;
 mod guard;
@@ -85,8 +93,10 @@ mod layer;
 mod propagators;
 mod providers;
 mod report;
+mod self_metrics;
 mod settings;
 mod signal;
+mod tally;
 mod tls;
 mod unsupported;
 
@@ -97,7 +107,9 @@ use std::sync::Arc;
 use opentelemetry::global;
 use tracing::level_filters::{LevelFilter, STATIC_MAX_LEVEL};
 use tracing::{Level, Subscriber};
-use tracing_subscriber::filter::FilterFn;
+use tracing_subscriber::filter::{FilterExt, FilterFn, Targets};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -113,7 +125,8 @@ use self::signal::Signal;
 use crate::telemetry::{Instruments, SCOPE};
 
 /// Sets up metrics, traces and logs from the environment: sets the global meter and tracer providers and the global
-/// propagator, and installs a `tracing` subscriber that exports spans and logs and prints warnings to standard error.
+/// propagator, and installs a `tracing` subscriber that exports spans and logs and prints warnings to standard error, or
+/// what `RUST_LOG` asks for. That variable never affects what is exported.
 ///
 /// Call it before the first connection is made. If a subscriber is already installed, it stays, spans and logs are not
 /// exported, and a warning says so: use [`set_global_providers`] and add [`Guard::layer`] to your subscriber.
@@ -135,9 +148,11 @@ use crate::telemetry::{Instruments, SCOPE};
 /// # }
 /// ```
 pub fn init() -> Result<Guard, InitError> {
-    let Started { guard, propagators, warnings } = start()?;
+    let Started { guard, propagators, mut warnings } = start()?;
     set_global(&guard, &propagators);
-    let subscriber = tracing_subscriber::registry().with(guard.layer()).with(warnings_to_stderr());
+    let (print, warning) = printer();
+    warnings.extend(warning);
+    let subscriber = tracing_subscriber::registry().with(guard.layer()).with(print);
     if subscriber.try_init().is_err() {
         tracing::warn!(
             target: SCOPE,
@@ -175,8 +190,10 @@ pub fn init_if_configured() -> Result<Option<Guard>, InitError> {
     if is_configured(std::env::vars_os()) {
         return init().map(Some);
     }
+    let (print, warning) = printer();
     // A subscriber that is already installed gets the warnings instead.
-    let _ = tracing_subscriber::registry().with(warnings_to_stderr()).try_init();
+    let _ = tracing_subscriber::registry().with(print).try_init();
+    log(warning.as_slice());
     Ok(None)
 }
 
@@ -278,16 +295,25 @@ fn is_configured(mut variables: impl Iterator<Item = (OsString, OsString)>) -> b
     })
 }
 
-/// Returns the layer that prints warnings to standard error.
-fn warnings_to_stderr<S>() -> impl Layer<S>
+/// Returns the layer that prints to standard error what `RUST_LOG` asks for, or warnings, and a warning if the variable
+/// is invalid.
+fn printer<S>() -> (impl Layer<S>, Option<String>)
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
 {
-    let print = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-    let print = print.with_target(false).with_ansi(false).without_time();
-    let print =
-        print.with_filter(FilterFn::new(layer::is_not_telemetry).with_max_level_hint(LevelFilter::WARN));
-    print.with_filter(LevelFilter::WARN)
+    let asked = std::env::var("RUST_LOG").ok().filter(|directives| !directives.trim().is_empty());
+    let parsed = asked.as_ref().map(|directives| directives.parse::<Targets>());
+    let warning = matches!(parsed, Some(Err(_))).then(|| {
+        let expected = "targets and levels such as warn,fraiseql_stream=debug";
+        format!("RUST_LOG={:?} is invalid (expected {expected}); using warn", asked.unwrap_or_default())
+    });
+    let asked = parsed.and_then(Result::ok);
+    // Without a wish, the libraries used for exporting are left out: their failures are reported by this crate.
+    let wants_all = asked.is_some();
+    let wanted = FilterFn::new(move |about| wants_all || layer::is_not_telemetry(about));
+    let targets = asked.unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN));
+    let print = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
+    (print.with_filter(wanted.with_max_level_hint(LevelFilter::TRACE).and(targets)), warning)
 }
 
 /// Logs warnings about variables.
@@ -296,9 +322,11 @@ fn log(warnings: &[String]) {
         if tracing::enabled!(Level::WARN) {
             tracing::warn!(target: SCOPE, "{warning}");
         } else {
-            // No subscriber is installed yet, or warnings are compiled out. A standard error that is closed is no
-            // reason to fail.
-            let _ = writeln!(std::io::stderr(), "WARN {warning}");
+            // No subscriber is installed yet, or warnings are compiled out. A time that cannot be written and a
+            // standard error that is closed are no reasons to fail.
+            let mut time = String::new();
+            let _ = SystemTime.format_time(&mut Writer::new(&mut time));
+            let _ = writeln!(std::io::stderr(), "{time}  WARN {SCOPE}: {warning}");
         }
     }
 }

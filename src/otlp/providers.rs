@@ -20,8 +20,10 @@ use opentelemetry_sdk::trace::{BatchConfigBuilder as SpanBatch, BatchSpanProcess
 use reqwest::header::{HeaderName, HeaderValue};
 use uuid::Uuid;
 
+use super::bounded::Bounded;
 use super::error::InitError;
 use super::report::{Health, Reported};
+use super::self_metrics;
 use super::settings::{BatchLimits, Settings};
 use super::signal::{Exporter, Protocol, Signal};
 use super::tls::{Pem, Tls};
@@ -199,6 +201,9 @@ impl Providers {
         let tracer = tracer(settings, &mut transport, health, &resource)?;
         let meter = meter(settings, &mut transport, health, &resource)?;
         let logger = logger(settings, &mut transport, health, &resource)?;
+        if let Some(meter) = &meter {
+            self_metrics::observe(meter, health, settings);
+        }
         (providers.tracer, providers.meter, providers.logger) = (tracer, meter, logger);
         Ok(providers)
     }
@@ -236,9 +241,8 @@ fn tracer(
                     .with_max_queue_size(queue)
                     .with_max_export_batch_size(most)
                     .with_scheduled_delay(delay);
-                builder.with_span_processor(
-                    BatchSpanProcessor::builder(exporter).with_batch_config(bounds.build()).build(),
-                )
+                let processor = BatchSpanProcessor::builder(exporter).with_batch_config(bounds.build());
+                builder.with_span_processor(Bounded::new(processor.build(), queue, health))
             }
         };
     }
@@ -311,9 +315,8 @@ fn logger(
                     .with_max_queue_size(queue)
                     .with_max_export_batch_size(most)
                     .with_scheduled_delay(delay);
-                builder.with_log_processor(
-                    BatchLogProcessor::builder(exporter).with_batch_config(bounds.build()).build(),
-                )
+                let processor = BatchLogProcessor::builder(exporter).with_batch_config(bounds.build());
+                builder.with_log_processor(Bounded::new(processor.build(), queue, health))
             }
         };
     }
