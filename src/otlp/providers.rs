@@ -150,6 +150,12 @@ impl Transport<'_> {
         Ok(client)
     }
 
+    /// Returns the client that shows why an encrypted connection fails. The exporter for gRPC says so itself.
+    fn probe(&mut self, signal: &Signal) -> Result<Option<reqwest::blocking::Client>, InitError> {
+        let is_needed = signal.protocol == Protocol::HttpProtobuf && signal.is_encrypted();
+        is_needed.then(|| self.http(signal)).transpose()
+    }
+
     #[cfg(feature = "otlp-grpc")]
     fn runtime(&mut self) -> Result<tokio::runtime::EnterGuard<'_>, InitError> {
         if self.runtime.0.is_none() {
@@ -234,8 +240,8 @@ fn tracer(
         builder = match exporter {
             Exporter::Console => builder.with_simple_exporter(opentelemetry_stdout::SpanExporter::default()),
             Exporter::Otlp => {
-                let exporter =
-                    Reported::new(exporter!(SpanExporter::builder(), signal, transport), signal, health);
+                let exporter = exporter!(SpanExporter::builder(), signal, transport);
+                let exporter = Reported::new(exporter, signal, health).with_probe(transport.probe(signal)?);
                 let BatchLimits { queue, most, delay } = settings.spans;
                 let bounds = SpanBatch::default()
                     .with_max_queue_size(queue)
@@ -269,7 +275,8 @@ fn meter(
             ),
             Exporter::Otlp => {
                 let builder = MetricExporter::builder().with_temporality(settings.temporality);
-                let exporter = Reported::new(exporter!(builder, signal, transport), signal, health);
+                let exporter = exporter!(builder, signal, transport);
+                let exporter = Reported::new(exporter, signal, health).with_probe(transport.probe(signal)?);
                 provider.with_reader(PeriodicReader::builder(exporter).with_interval(interval).build())
             }
         };
@@ -308,8 +315,8 @@ fn logger(
         builder = match exporter {
             Exporter::Console => builder.with_simple_exporter(opentelemetry_stdout::LogExporter::default()),
             Exporter::Otlp => {
-                let exporter =
-                    Reported::new(exporter!(LogExporter::builder(), signal, transport), signal, health);
+                let exporter = exporter!(LogExporter::builder(), signal, transport);
+                let exporter = Reported::new(exporter, signal, health).with_probe(transport.probe(signal)?);
                 let BatchLimits { queue, most, delay } = settings.records;
                 let bounds = RecordBatch::default()
                     .with_max_queue_size(queue)

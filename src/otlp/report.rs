@@ -1,5 +1,6 @@
 //! Counts exports, and logs failures once, so that an unreachable collector does not fill the log of the service.
 
+use std::error::Error;
 use std::fmt;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::sync::atomic::Ordering;
@@ -7,13 +8,14 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use opentelemetry_sdk::Resource;
-use opentelemetry_sdk::error::OTelSdkResult;
+use opentelemetry_sdk::error::{OTelSdkError, OTelSdkResult};
 use opentelemetry_sdk::logs::{LogBatch, LogExporter};
 use opentelemetry_sdk::metrics::Temporality;
 use opentelemetry_sdk::metrics::data::{AggregatedMetrics, MetricData, ResourceMetrics, ScopeMetrics};
 use opentelemetry_sdk::metrics::exporter::PushMetricExporter;
 use opentelemetry_sdk::trace::{SpanData, SpanExporter};
 use reqwest::Url;
+use reqwest::blocking::Client;
 
 use super::signal::Signal;
 use super::tally::Tally;
@@ -35,6 +37,8 @@ struct Outage {
     /// The signals whose last export failed.
     failing: Vec<&'static str>,
     since: Option<Instant>,
+    /// Where the first of them failed, and why.
+    cause: Option<(String, String)>,
     /// The numbers of spans and records that were lost in the outages before.
     before: [u64; 2],
 }
@@ -46,6 +50,11 @@ impl Health {
         let is_first = outage.failing.is_empty();
         outage.failing.extend(signals);
         is_first
+    }
+
+    /// Returns why the current outage began, if it began at this place.
+    pub(super) fn cause(&self, at: &str) -> Option<String> {
+        lock(&self.outage).cause.as_ref().filter(|(place, _)| place == at).map(|(_, why)| why.clone())
     }
 
     fn tally(&self, signal: &str) -> &Tally {
@@ -62,14 +71,15 @@ impl Health {
     }
 
     /// Records the result of an export. Logs the first failure, and the recovery of the last failing signal.
-    fn record(&self, signal: &'static str, place: &str, result: &OTelSdkResult) {
+    fn record(&self, (signal, place): (&'static str, &str), error: Option<impl FnOnce() -> String>) {
         let mut outage = lock(&self.outage);
         let was_failing = !outage.failing.is_empty();
         outage.failing.retain(|other| *other != signal);
-        match result {
-            Ok(()) if was_failing && outage.failing.is_empty() => {
+        match error {
+            None if was_failing && outage.failing.is_empty() => {
                 let lost = self.lost();
                 let before = std::mem::replace(&mut outage.before, lost);
+                outage.cause = None;
                 let seconds = outage.since.take().map_or(0.0, |since| since.elapsed().as_secs_f64());
                 drop(outage);
                 let [spans, records] = [lost[0] - before[0], lost[1] - before[1]];
@@ -79,15 +89,16 @@ impl Health {
                     "exporting to {place} recovered after {seconds:.1} s, in which {spans} spans and {records} log records were lost"
                 );
             }
-            Ok(()) => {}
-            Err(error) => {
+            None => {}
+            Some(find_why) => {
                 outage.failing.push(signal);
                 if was_failing {
                     return;
                 }
                 outage.since = Some(Instant::now());
                 drop(outage);
-                let why = unreachable(place).unwrap_or_else(|| error.to_string());
+                let why = find_why();
+                lock(&self.outage).cause = Some((place.to_owned(), why.clone()));
                 tracing::warn!(
                     target: SCOPE,
                     "exporting {signal} to {place} failed: {why}; rows are not affected, and further failures are not logged until export recovers"
@@ -119,18 +130,26 @@ pub(super) struct Reported<E> {
     signal: &'static str,
     place: String,
     health: Arc<Health>,
+    /// The client whose connections show why encrypted ones fail, unless the exporter says so itself.
+    probe: Option<Client>,
 }
 
 impl<E> Reported<E> {
     pub(super) fn new(exporter: E, signal: &Signal, health: &Arc<Health>) -> Self {
-        Self { exporter, signal: signal.name, place: signal.place.clone(), health: Arc::clone(health) }
+        let (place, health) = (signal.place.clone(), Arc::clone(health));
+        Self { exporter, signal: signal.name, place, health, probe: None }
+    }
+
+    pub(super) fn with_probe(self, probe: Option<Client>) -> Self {
+        Self { probe, ..self }
     }
 
     /// Records the result of an export of so many items.
     fn record(&self, number: usize, result: OTelSdkResult) -> OTelSdkResult {
         let tally = self.health.tally(self.signal);
         tally.count_export(number, result.is_ok());
-        self.health.record(self.signal, &self.place, &result);
+        let why = result.as_ref().err().map(|error| || self.why(error));
+        self.health.record((self.signal, &self.place), why);
         if let Some(dropped) = tally.drops_to_report(Instant::now()) {
             let (what, kind) =
                 if self.signal == "traces" { ("spans", "BSP") } else { ("log records", "BLRP") };
@@ -140,6 +159,18 @@ impl<E> Reported<E> {
             );
         }
         result
+    }
+
+    fn why(&self, error: &OTelSdkError) -> String {
+        unreachable(&self.place).or_else(|| self.refusal()).unwrap_or_else(|| error.to_string())
+    }
+
+    /// Returns why an encrypted connection fails.
+    fn refusal(&self) -> Option<String> {
+        let request = self.probe.as_ref()?.head(&self.place).timeout(Duration::from_secs(1));
+        let error = request.send().err()?;
+        let causes = std::iter::successors(Some(&error as &dyn Error), |error| (*error).source());
+        causes.last().map(ToString::to_string)
     }
 }
 
