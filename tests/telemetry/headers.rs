@@ -11,41 +11,54 @@ use crate::received::Received;
 use crate::scenario::Scenario;
 use crate::servers::{database, table};
 
+/// What one connection was sent.
+type Sent = Arc<Mutex<Vec<u8>>>;
+
 /// Forwards connections to a collector, and keeps what it is sent.
 struct Tap {
     endpoint: String,
-    sent: Arc<Mutex<Vec<u8>>>,
+    connections: Arc<Mutex<Vec<Sent>>>,
 }
 
 impl Tap {
-    fn before(collector: &Collector) -> Self {
+    /// Forwards to an endpoint such as `http://127.0.0.1:4318`.
+    fn before(endpoint: &str) -> Self {
+        let target = endpoint.trim_start_matches("http://").to_owned();
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let endpoint = format!("http://{}", listener.local_addr().expect("its address"));
-        let (port, sent) = (collector.http_port(), Arc::new(Mutex::new(Vec::new())));
-        let kept = Arc::clone(&sent);
+        let connections = Arc::new(Mutex::new(Vec::new()));
+        let kept = Arc::clone(&connections);
         std::thread::spawn(move || {
             let clients = listener.incoming().map_while(Result::ok);
-            clients.for_each(|client| forward(client, port, &kept));
+            clients
+                .for_each(|client| kept.lock().expect("no thread panicked").push(forward(client, &target)));
         });
-        Self { endpoint, sent }
+        Self { endpoint, connections }
     }
 
-    /// Returns the text of the requests for a path, each up to its body.
+    /// Returns what each connection was sent.
+    fn sent(&self) -> Vec<Vec<u8>> {
+        let connections = self.connections.lock().expect("no thread panicked");
+        connections.iter().map(|sent| sent.lock().expect("no copy panicked").clone()).collect()
+    }
+
+    /// Returns the text of the HTTP requests for a path, each up to its body.
     fn requests(&self, path: &str) -> Vec<String> {
-        let sent = self.sent.lock().expect("no copy panicked");
-        let text = String::from_utf8_lossy(&sent);
+        let text = String::from_utf8_lossy(&self.sent().concat()).into_owned();
         let requests = text.split("POST ").filter(|request| request.starts_with(path));
         requests.filter_map(|request| request.split("\r\n\r\n").next()).map(str::to_lowercase).collect()
     }
 }
 
-/// Forwards a connection in both directions, and keeps what the client sends.
-fn forward(client: TcpStream, port: u16, kept: &Arc<Mutex<Vec<u8>>>) {
-    let server = TcpStream::connect(("127.0.0.1", port)).expect("the collector listens");
+/// Forwards a connection in both directions, and returns what the client sends from now on.
+fn forward(client: TcpStream, target: &str) -> Sent {
+    let server = TcpStream::connect(target).expect("the collector listens");
     let (from, to) = (client.try_clone().expect("a socket"), server.try_clone().expect("a socket"));
-    let kept = Arc::clone(kept);
+    let sent = Sent::default();
+    let kept = Arc::clone(&sent);
     std::thread::spawn(move || copy(from, to, Some(&kept)));
     std::thread::spawn(move || copy(server, client, None));
+    sent
 }
 
 fn copy(mut from: TcpStream, mut to: TcpStream, kept: Option<&Mutex<Vec<u8>>>) {
@@ -65,7 +78,7 @@ fn copy(mut from: TcpStream, mut to: TcpStream, kept: Option<&Mutex<Vec<u8>>>) {
 #[test]
 fn each_signal_has_its_own_headers_or_the_general_ones() {
     let collector = Collector::start().unwrap();
-    let tap = Tap::before(&collector);
+    let tap = Tap::before(&collector.http_endpoint());
     let outcome = Scenario::new("environment::one_stream", &database(&table("orders", 1_000)))
         .set("OTEL_EXPORTER_OTLP_ENDPOINT", &tap.endpoint)
         .set("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20abc%2C1, x-share=5%25")
@@ -88,4 +101,28 @@ fn each_signal_has_its_own_headers_or_the_general_ones() {
             assert!(!request.contains(absent), "{path}: {request}");
         }
     }
+}
+
+/// The letters of this value have codes of 5 bits each in HTTP/2, so that these are its bytes on the wire.
+const VALUE: (&str, [u8; 5]) = ("cestoast", [0x21, 0x50, 0x93, 0x8d, 0x09]);
+
+#[test]
+fn headers_are_sent_by_grpc_too() {
+    let collector = Collector::start().unwrap();
+    let tap = Tap::before(&collector.grpc_endpoint());
+    let outcome = Scenario::new("environment::one_stream", &database(&table("orders", 1_000)))
+        .set("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+        .set("OTEL_EXPORTER_OTLP_ENDPOINT", &tap.endpoint)
+        .set("OTEL_EXPORTER_OTLP_HEADERS", &format!("x-share={}", VALUE.0))
+        // An empty variable counts as unset.
+        .set("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "")
+        .set("OTEL_EXPORTER_OTLP_LOGS_HEADERS", "x-other=logs")
+        .run();
+    assert_eq!((outcome.stderr.as_str(), &outcome.reported["shutdown"]), ("", &Value::Null));
+    assert_eq!(Received::by(&collector).queries("orders").len(), 1);
+    let has_header = |sent: &Vec<u8>| sent.windows(VALUE.1.len()).any(|bytes| bytes == VALUE.1);
+    let connections = tap.sent();
+    // One for each signal.
+    assert_eq!(connections.len(), 3);
+    assert_eq!(connections.iter().filter(|sent| has_header(sent)).count(), 2);
 }
