@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use backends::Collector;
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use serde_json::{Value, json};
 
@@ -28,13 +30,13 @@ impl Certificates {
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key"));
         let authority = authority.expect("a certificate");
-        fs::write(folder.join("authority.pem"), authority.pem()).expect("a file");
+        write_pem(&folder.join("authority.pem"), "CERTIFICATE", authority.der());
         for (name, host) in [("server", "127.0.0.1"), ("client", "shop")] {
             let key = KeyPair::generate().expect("a key");
             let params = CertificateParams::new([host.to_owned()]).expect("a valid name");
             let certificate = params.signed_by(&key, &authority).expect("a certificate");
-            fs::write(folder.join(name).with_extension("pem"), certificate.pem()).expect("a file");
-            fs::write(folder.join(name).with_extension("key"), key.serialize_pem()).expect("a file");
+            write_pem(&folder.join(name).with_extension("pem"), "CERTIFICATE", certificate.der());
+            write_pem(&folder.join(name).with_extension("key"), "PRIVATE KEY", &key.serialize_der());
         }
         Self(folder)
     }
@@ -49,6 +51,11 @@ impl Drop for Certificates {
         // What is left over lies in the folder for temporary files.
         let _ = fs::remove_dir_all(&self.0);
     }
+}
+
+fn write_pem(path: &Path, label: &str, contents: &[u8]) {
+    let text = BASE64_STANDARD.encode(contents);
+    fs::write(path, format!("-----BEGIN {label}-----\n{text}\n-----END {label}-----\n")).expect("a file");
 }
 
 fn scenario(collector: &Collector, protocol: &str) -> Scenario {
