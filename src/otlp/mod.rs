@@ -27,7 +27,7 @@
 //! |---|---|
 //! | `OTEL_EXPORTER_OTLP_ENDPOINT` | the collector, `http://localhost:4318` (gRPC: `:4317`) |
 //! | `OTEL_EXPORTER_OTLP_PROTOCOL` | `http/protobuf`, or `grpc` with the feature `otlp-grpc` |
-//! | `OTEL_EXPORTER_OTLP_TIMEOUT` | limit of one export in milliseconds, 10000; 0 is no limit |
+//! | `OTEL_EXPORTER_OTLP_TIMEOUT` | limit of one export in milliseconds, 10000; at most `OTEL_BSP_EXPORT_TIMEOUT`, `OTEL_BLRP_EXPORT_TIMEOUT` or `OTEL_METRIC_EXPORT_TIMEOUT`, 30000; 0 is no limit |
 //! | `OTEL_EXPORTER_OTLP_HEADERS`, `_COMPRESSION` | `key=value,...`; `gzip` or `none` |
 //! | `OTEL_EXPORTER_OTLP_CERTIFICATE`, `_CLIENT_CERTIFICATE`, `_CLIENT_KEY` | PEM files for `https` |
 //! | `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES` | name and attributes of the service |
