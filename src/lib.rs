@@ -84,7 +84,8 @@ pub use telemetry::{Instruments, PollSpans};
 /// The Postgres client that [`Connection::client`] returns, with its types for parameters.
 pub use tokio_postgres;
 
-// Compiles the examples of the README as well.
+// Compiles the examples of the README and of the documents as well.
 #[cfg(all(doctest, feature = "otlp"))]
 #[doc = include_str!("../README.md")]
+#[doc = include_str!("../docs/environment.md")]
 struct Readme;

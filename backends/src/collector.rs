@@ -5,7 +5,7 @@ pub(crate) mod telemetry;
 use std::env;
 use std::ffi::OsStr;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::error::{Context as _, Error};
@@ -15,6 +15,8 @@ use crate::process::{Dir, Plan, Process, free_ports};
 use telemetry::{Log, Metric, Span};
 
 const CONFIG: &str = include_str!("../otelcol/config.yaml");
+/// What differs in a collector that encrypts.
+const TLS: &str = include_str!("../otelcol/tls.yaml");
 
 const MODULE: Module = Module {
     name: "otelcol",
@@ -57,6 +59,7 @@ pub fn collector_program() -> Result<PathBuf, Error> {
 pub struct Collector {
     process: Process,
     ports: Ports,
+    certificates: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -74,11 +77,26 @@ impl Collector {
     /// # Errors
     /// If no collector is installed and none can be built, or the collector does not start.
     pub fn start() -> Result<Self, Error> {
+        Self::start_with(None)
+    }
+
+    /// Starts a collector that receives OTLP by TLS only, and only from clients with a certificate. The folder holds PEM
+    /// files: `server.pem` and `server.key` for the collector, and `authority.pem`, by which the client's certificate must
+    /// be signed.
+    ///
+    /// # Errors
+    /// Those of [`start`](Self::start).
+    pub fn start_encrypted(certificates: &Path) -> Result<Self, Error> {
+        Self::start_with(Some(certificates))
+    }
+
+    fn start_with(certificates: Option<&Path>) -> Result<Self, Error> {
         let mut attempts = 5;
         loop {
             attempts -= 1;
             let [grpc, http, prometheus, health] = free_ports()?;
-            let collector = Self::launch(Ports { grpc, http, prometheus, health })?;
+            let ports = Ports { grpc, http, prometheus, health };
+            let collector = Self::launch(ports, certificates)?;
             match collector.wait_until_ready() {
                 Ok(()) => return Ok(collector),
                 // Another program has taken a port in the meantime: retry with other ports.
@@ -97,16 +115,18 @@ impl Collector {
         if !self.process.has_exited() {
             self.stop()?;
         }
-        *self = Self::launch(self.ports)?;
+        *self = Self::launch(self.ports, self.certificates.as_deref())?;
         self.wait_until_ready()
     }
 
-    fn launch(ports: Ports) -> Result<Self, Error> {
+    fn launch(ports: Ports, certificates: Option<&Path>) -> Result<Self, Error> {
         let program = collector_program()?;
         let dir = Dir::new("otel", None)?;
         dir.put("config.yaml", CONFIG.as_bytes(), None)?;
+        dir.put("tls.yaml", TLS.as_bytes(), None)?;
         let folder = dir.path().display().to_string();
-        let config = dir.path().join("config.yaml");
+        let [config, tls] = ["config.yaml", "tls.yaml"].map(|name| dir.path().join(name));
+        let pem_folder = certificates.map(|folder| folder.display().to_string()).unwrap_or_default();
         let [grpc, http, prometheus, health] =
             [ports.grpc, ports.http, ports.prometheus, ports.health].map(|port| format!("127.0.0.1:{port}"));
         let env = [
@@ -115,11 +135,16 @@ impl Collector {
             ("OTLP_HTTP", &http),
             ("PROMETHEUS", &prometheus),
             ("HEALTH", &health),
+            ("CERTIFICATES", &pem_folder),
         ];
-        let command = [program.as_os_str(), OsStr::new("--config"), config.as_os_str()];
+        let mut command = vec![program.as_os_str(), OsStr::new("--config"), config.as_os_str()];
+        if certificates.is_some() {
+            command.extend([OsStr::new("--config"), tls.as_os_str()]);
+        }
         let plan =
             Plan { account: None, signals: ["TERM", "KILL"], cleanup: "", env: &env, command: &command };
-        Ok(Self { process: Process::start(dir, &plan)?, ports })
+        let certificates = certificates.map(Path::to_owned);
+        Ok(Self { process: Process::start(dir, &plan)?, ports, certificates })
     }
 
     fn wait_until_ready(&self) -> Result<(), Error> {
@@ -143,12 +168,17 @@ impl Collector {
 
     /// Returns the OTLP/gRPC endpoint.
     pub fn grpc_endpoint(&self) -> String {
-        format!("http://127.0.0.1:{}", self.ports.grpc)
+        self.endpoint(self.ports.grpc)
     }
 
     /// Returns the OTLP/HTTP endpoint, without the path of a signal such as `/v1/traces`.
     pub fn http_endpoint(&self) -> String {
-        format!("http://127.0.0.1:{}", self.ports.http)
+        self.endpoint(self.ports.http)
+    }
+
+    fn endpoint(&self, port: u16) -> String {
+        let scheme = if self.certificates.is_some() { "https" } else { "http" };
+        format!("{scheme}://127.0.0.1:{port}")
     }
 
     /// Returns the port of [`http_endpoint`](Self::http_endpoint).

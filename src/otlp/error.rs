@@ -5,7 +5,7 @@ use std::fmt::{self, Write as _};
 
 use opentelemetry_otlp::ExporterBuildError;
 
-use super::settings::Signal;
+use super::signal::Signal;
 use crate::channel::OneLine;
 
 /// An error met while setting up telemetry.
@@ -37,7 +37,8 @@ pub struct InitError(Box<Inner<InitErrorKind>>);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum InitErrorKind {
-    /// An exporter refused a variable, for example an endpoint that is too long.
+    /// A variable asks for what cannot be done: for a configuration file, for a certificate that cannot be read, or for an
+    /// endpoint that the exporter refuses.
     Configuration,
     /// The HTTP client or the gRPC runtime could not be created, for example because no thread could be started.
     Transport,
@@ -119,6 +120,11 @@ impl InitError {
     /// ```
     pub fn get_ref(&self) -> Option<&(dyn Error + Send + Sync + 'static)> {
         self.0.source.as_deref()
+    }
+
+    /// A variable asks for what cannot be done.
+    pub(super) fn configuration(message: String) -> Self {
+        Self(Box::new(Inner { kind: InitErrorKind::Configuration, message, source: None }))
     }
 
     /// The exporter of a signal cannot be created.

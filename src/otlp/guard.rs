@@ -212,7 +212,8 @@ impl Flush {
         let Some(place) = places.first() else { return Ok(()) };
         let (kind, why, source) = match lost.into_iter().next() {
             Some((_, error)) if late.is_empty() => {
-                let why = reason(place, deadline).unwrap_or_else(|| error.to_string());
+                let why = reason(place, deadline).or_else(|| self.health.cause(place));
+                let why = why.unwrap_or_else(|| error.to_string());
                 (ShutdownErrorKind::Export, why, Some(error))
             }
             _ => {

@@ -117,7 +117,8 @@ fn crate_of(target: &str) -> &str {
 }
 
 /// The crates used for exporting. These are whole names, since `tower_http` and the like belong to the service.
-const EXPORTERS: [&str; 7] = ["h2", "hyper", "hyper_util", "reqwest", "rustls", "tonic", "tower"];
+const EXPORTERS: [&str; 8] =
+    ["h2", "hyper", "hyper_util", "reqwest", "rustls", "rustls_platform_verifier", "tonic", "tower"];
 
 #[cfg(test)]
 mod tests {
@@ -125,7 +126,14 @@ mod tests {
 
     #[test]
     fn only_the_crates_used_for_exporting_are_left_out() {
-        for target in ["opentelemetry-otlp", "opentelemetry_sdk", "hyper::client", "tower::buffer", "h2"] {
+        for target in [
+            "opentelemetry-otlp",
+            "opentelemetry_sdk",
+            "hyper::client",
+            "tower::buffer",
+            "h2",
+            "rustls_platform_verifier::verification::others",
+        ] {
             assert!(exports(target), "{target}");
         }
         for target in ["tower_http::trace::make_span", "hyper_service", "h2o::pumps", SCOPE] {

@@ -12,7 +12,7 @@
 //!
 //! Choose the function by what your service has already:
 //!
-//! | function | global providers | `tracing` subscriber |
+//! | function | global providers and propagator | `tracing` subscriber |
 //! |---|---|---|
 //! | [`init`] | sets them | installs one |
 //! | [`init_if_configured`] | sets them if any `OTEL_*` variable is set | installs one |
@@ -27,18 +27,41 @@
 //! |---|---|
 //! | `OTEL_EXPORTER_OTLP_ENDPOINT` | the collector, `http://localhost:4318` (gRPC: `:4317`) |
 //! | `OTEL_EXPORTER_OTLP_PROTOCOL` | `http/protobuf`, or `grpc` with the feature `otlp-grpc` |
-//! | `OTEL_EXPORTER_OTLP_TIMEOUT` | limit of one export in milliseconds, 10000; at most `OTEL_BSP_EXPORT_TIMEOUT`, `OTEL_BLRP_EXPORT_TIMEOUT` or `OTEL_METRIC_EXPORT_TIMEOUT`, 30000 |
+//! | `OTEL_EXPORTER_OTLP_TIMEOUT` | limit of one export in milliseconds, 10000; at most `OTEL_BSP_EXPORT_TIMEOUT`, `OTEL_BLRP_EXPORT_TIMEOUT` or `OTEL_METRIC_EXPORT_TIMEOUT`, 30000; 0 is no limit |
 //! | `OTEL_EXPORTER_OTLP_HEADERS`, `_COMPRESSION` | `key=value,...`; `gzip` or `none` |
+//! | `OTEL_EXPORTER_OTLP_CERTIFICATE`, `_CLIENT_CERTIFICATE`, `_CLIENT_KEY` | PEM files for `https` |
 //! | `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES` | name and attributes of the service |
 //! | `OTEL_TRACES_EXPORTER`, `OTEL_METRICS_EXPORTER`, `OTEL_LOGS_EXPORTER` | `otlp`, `console`, `none` |
 //! | `OTEL_TRACES_SAMPLER`, `OTEL_TRACES_SAMPLER_ARG` | `parentbased_always_on` |
-//! | `OTEL_BSP_SCHEDULE_DELAY`, `_MAX_QUEUE_SIZE`, `_MAX_EXPORT_BATCH_SIZE` | 5000 ms, 2048, 512; for logs `OTEL_BLRP_*` with 1000 ms |
+//! | `OTEL_PROPAGATORS` | `tracecontext,baggage`; also `none` |
 //! | `OTEL_METRIC_EXPORT_INTERVAL` | 60000 ms |
 //! | `OTEL_SDK_DISABLED` | `true`: nothing is recorded or exported |
 //!
-//! `OTEL_EXPORTER_OTLP_{TRACES,METRICS,LOGS}_*` variants of endpoint, protocol, timeout, headers and
-//! compression take precedence over the general ones. An invalid value is replaced by the default with one warning.
-//! Warnings about variables are logged, or written to standard error while no subscriber accepts them.
+//! `OTEL_EXPORTER_OTLP_{TRACES,METRICS,LOGS}_*` variants take precedence over the general ones. An invalid value is
+//! replaced by the default with one warning, and a variable of the specification that has no effect causes one as well.
+//! Warnings about variables are logged, or written to standard error while no subscriber accepts them. The [table of the
+//! environment] describes all variables of the specification.
+//!
+//! [table of the environment]: https://github.com/fraiseql/fraiseql-stream/blob/main/docs/environment.md
+//!
+//! # Traces of several services
+//!
+//! The global propagator reads and writes the headers by which a trace continues in another service. `fraiseql-stream`
+//! records its spans below the caller's span, so it is enough that the caller's span has the remote parent:
+//!
+//! ```
+//! use opentelemetry::global;
+//! use opentelemetry::propagation::Extractor;
+//! use tracing_opentelemetry::OpenTelemetrySpanExt as _;
+//!
+//! /// Returns the span of a request, as a child of the span in its headers.
+//! fn request_span(headers: &dyn Extractor) -> tracing::Span {
+//!     let span = tracing::info_span!("GET /orders", otel.kind = "server");
+//!     let parent = global::get_text_map_propagator(|propagator| propagator.extract(headers));
+//!     span.set_parent(parent).ok(); // fails only if no layer exports spans
+//!     span
+//! }
+//! ```
 //!
 //! # Compile-time levels of `tracing`
 //!
@@ -53,15 +76,29 @@
 //!
 //! # Failures
 //!
-//! If the collector is unreachable, telemetry is lost and one line is logged; rows are not affected.
+//! If the collector is unreachable, telemetry is lost and one line is logged; rows are not affected. Another line follows
+//! when export has recovered. If a queue is full, spans or records are dropped, and a line says how many, at most once a
+//! minute. All of them are counted as well:
+//!
+//! | metric | counts, by `error.type` |
+//! |---|---|
+//! | `otel.sdk.processor.span.processed`, `otel.sdk.processor.log.processed` | what was handed to the exporter; `queue_full`: what was dropped |
+//! | `otel.sdk.exporter.span.exported`, `.log.exported`, `.metric_data_point.exported` | what was delivered; `_OTHER`: what was not |
 
+mod bounded;
 mod env;
 mod error;
 mod guard;
 mod layer;
+mod propagators;
 mod providers;
 mod report;
+mod self_metrics;
 mod settings;
+mod signal;
+mod tally;
+mod tls;
+mod unsupported;
 
 use std::ffi::OsString;
 use std::io::Write as _;
@@ -70,7 +107,9 @@ use std::sync::Arc;
 use opentelemetry::global;
 use tracing::level_filters::{LevelFilter, STATIC_MAX_LEVEL};
 use tracing::{Level, Subscriber};
-use tracing_subscriber::filter::FilterFn;
+use tracing_subscriber::filter::{FilterExt, FilterFn, Targets};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -78,20 +117,25 @@ use tracing_subscriber::util::SubscriberInitExt;
 pub use error::{InitError, InitErrorKind, ShutdownError, ShutdownErrorKind};
 pub use guard::Guard;
 
+use self::propagators::Propagator;
 use self::providers::Providers;
 use self::report::Health;
-use self::settings::{Settings, Signal};
+use self::settings::Settings;
+use self::signal::Signal;
 use crate::telemetry::{Instruments, SCOPE};
 
-/// Sets up metrics, traces and logs from the environment: sets the global meter and tracer providers, and installs a
-/// `tracing` subscriber that exports spans and logs and prints warnings to standard error.
+/// Sets up metrics, traces and logs from the environment: sets the global meter and tracer providers and the global
+/// propagator, and installs a `tracing` subscriber that exports spans and logs and prints warnings to standard error, or
+/// what `RUST_LOG` asks for. That variable never affects what is exported.
 ///
 /// Call it before the first connection is made. If a subscriber is already installed, it stays, spans and logs are not
 /// exported, and a warning says so: use [`set_global_providers`] and add [`Guard::layer`] to your subscriber.
 ///
 /// # Errors
 ///
-/// Fails if an exporter cannot be created. An invalid value or an unreachable collector is logged and is not an error.
+/// Fails if an exporter cannot be created, if the file of a certificate or key is unusable, or if `OTEL_CONFIG_FILE` or
+/// `OTEL_EXPERIMENTAL_CONFIG_FILE` is set. Any other invalid value is logged and is not an error; neither is an
+/// unreachable collector.
 ///
 /// # Examples
 ///
@@ -104,9 +148,11 @@ use crate::telemetry::{Instruments, SCOPE};
 /// # }
 /// ```
 pub fn init() -> Result<Guard, InitError> {
-    let (guard, warnings) = start()?;
-    set_global(&guard);
-    let subscriber = tracing_subscriber::registry().with(guard.layer()).with(warnings_to_stderr());
+    let Started { guard, propagators, mut warnings } = start()?;
+    set_global(&guard, &propagators);
+    let (print, warning) = printer();
+    warnings.extend(warning);
+    let subscriber = tracing_subscriber::registry().with(guard.layer()).with(print);
     if subscriber.try_init().is_err() {
         tracing::warn!(
             target: SCOPE,
@@ -144,13 +190,15 @@ pub fn init_if_configured() -> Result<Option<Guard>, InitError> {
     if is_configured(std::env::vars_os()) {
         return init().map(Some);
     }
+    let (print, warning) = printer();
     // A subscriber that is already installed gets the warnings instead.
-    let _ = tracing_subscriber::registry().with(warnings_to_stderr()).try_init();
+    let _ = tracing_subscriber::registry().with(print).try_init();
+    log(warning.as_slice());
     Ok(None)
 }
 
-/// Sets the global meter and tracer providers from the environment, and leaves the `tracing` subscriber to you: add
-/// [`Guard::layer`] to it.
+/// Sets the global meter and tracer providers and the global propagator from the environment, and leaves the `tracing`
+/// subscriber to you: add [`Guard::layer`] to it.
 ///
 /// Call it before the first connection is made. Use it if your service has a subscriber; [`init`] if it has none;
 /// [`build_providers`] if the global providers are yours.
@@ -171,8 +219,9 @@ pub fn init_if_configured() -> Result<Option<Guard>, InitError> {
 /// # }
 /// ```
 pub fn set_global_providers() -> Result<Guard, InitError> {
-    let guard = build_providers()?;
-    set_global(&guard);
+    let Started { guard, propagators, warnings } = start()?;
+    set_global(&guard, &propagators);
+    log(&warnings);
     Ok(guard)
 }
 
@@ -201,13 +250,20 @@ pub fn set_global_providers() -> Result<Guard, InitError> {
 /// # }
 /// ```
 pub fn build_providers() -> Result<Guard, InitError> {
-    let (guard, warnings) = start()?;
+    let Started { guard, warnings, .. } = start()?;
     log(&warnings);
     Ok(guard)
 }
 
-fn start() -> Result<(Guard, Vec<String>), InitError> {
-    let mut settings = Settings::from_env();
+/// The providers, and what remains to be done with the settings.
+struct Started {
+    guard: Guard,
+    propagators: Vec<Propagator>,
+    warnings: Vec<String>,
+}
+
+fn start() -> Result<Started, InitError> {
+    let mut settings = Settings::from_env()?;
     if !settings.disabled {
         settings.warnings.extend(compiled_out(&settings.traces, STATIC_MAX_LEVEL));
     }
@@ -216,10 +272,13 @@ fn start() -> Result<(Guard, Vec<String>), InitError> {
         if settings.disabled { Providers::default() } else { Providers::new(&settings, &health)? };
     let signals = [settings.traces, settings.metrics, settings.logs];
     let places = signals.map(|signal| (signal.name, signal.place)).to_vec();
-    Ok((Guard::new(providers, health, places), settings.warnings))
+    let guard = Guard::new(providers, health, places);
+    Ok(Started { guard, propagators: settings.propagators, warnings: settings.warnings })
 }
 
-fn set_global(guard: &Guard) {
+fn set_global(guard: &Guard, propagators: &[Propagator]) {
+    // Also if the SDK is disabled: the service remains a part of the traces of others.
+    propagators::set_global(propagators);
     let Some(providers) = guard.providers() else { return };
     if let Some(meter) = &providers.meter {
         global::set_meter_provider(meter.clone());
@@ -236,16 +295,25 @@ fn is_configured(mut variables: impl Iterator<Item = (OsString, OsString)>) -> b
     })
 }
 
-/// Returns the layer that prints warnings to standard error.
-fn warnings_to_stderr<S>() -> impl Layer<S>
+/// Returns the layer that prints to standard error what `RUST_LOG` asks for, or warnings, and a warning if the variable
+/// is invalid.
+fn printer<S>() -> (impl Layer<S>, Option<String>)
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
 {
-    let print = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-    let print = print.with_target(false).with_ansi(false).without_time();
-    let print =
-        print.with_filter(FilterFn::new(layer::is_not_telemetry).with_max_level_hint(LevelFilter::WARN));
-    print.with_filter(LevelFilter::WARN)
+    let asked = std::env::var("RUST_LOG").ok().filter(|directives| !directives.trim().is_empty());
+    let parsed = asked.as_ref().map(|directives| directives.parse::<Targets>());
+    let warning = matches!(parsed, Some(Err(_))).then(|| {
+        let expected = "targets and levels such as warn,fraiseql_stream=debug";
+        format!("RUST_LOG={:?} is invalid (expected {expected}); using warn", asked.unwrap_or_default())
+    });
+    let asked = parsed.and_then(Result::ok);
+    // Without a wish, the libraries used for exporting are left out: their failures are reported by this crate.
+    let wants_all = asked.is_some();
+    let wanted = FilterFn::new(move |about| wants_all || layer::is_not_telemetry(about));
+    let targets = asked.unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN));
+    let print = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
+    (print.with_filter(wanted.with_max_level_hint(LevelFilter::TRACE).and(targets)), warning)
 }
 
 /// Logs warnings about variables.
@@ -254,9 +322,11 @@ fn log(warnings: &[String]) {
         if tracing::enabled!(Level::WARN) {
             tracing::warn!(target: SCOPE, "{warning}");
         } else {
-            // No subscriber is installed yet, or warnings are compiled out. A standard error that is closed is no
-            // reason to fail.
-            let _ = writeln!(std::io::stderr(), "WARN {warning}");
+            // No subscriber is installed yet, or warnings are compiled out. A time that cannot be written and a
+            // standard error that is closed are no reasons to fail.
+            let mut time = String::new();
+            let _ = SystemTime.format_time(&mut Writer::new(&mut time));
+            let _ = writeln!(std::io::stderr(), "{time}  WARN {SCOPE}: {warning}");
         }
     }
 }
@@ -273,7 +343,7 @@ fn compiled_out(traces: &Signal, most: LevelFilter) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::settings::Exporter;
+    use super::signal::Exporter;
     use super::*;
 
     #[test]

@@ -1,57 +1,38 @@
-//! The settings of all signals, read from the `OTEL_*` variables.
+//! The settings of the SDK, as given by the `OTEL_*` variables.
 
+use std::ffi::OsStr;
 use std::time::Duration;
 
 use opentelemetry::KeyValue;
-use opentelemetry_sdk::trace::Sampler;
-use percent_encoding::percent_decode_str;
-use reqwest::Url;
+use opentelemetry_sdk::metrics::Temporality;
+use opentelemetry_sdk::trace::{Sampler, SpanLimits};
 
-use super::env::{Lookup, Variables};
+use super::env::{Lookup, Variables, decode};
+use super::error::InitError;
+use super::propagators::Propagator;
+use super::signal::Signal;
+use super::{propagators, unsupported};
 
 /// The settings given by the environment.
 #[derive(Debug)]
 pub(super) struct Settings {
     pub(super) disabled: bool,
+    pub(super) propagators: Vec<Propagator>,
     pub(super) traces: Signal,
     pub(super) metrics: Signal,
     pub(super) logs: Signal,
     pub(super) sampler: Sampler,
+    pub(super) span_limits: SpanLimits,
     pub(super) spans: BatchLimits,
     pub(super) records: BatchLimits,
     pub(super) metric_interval: Duration,
-    pub(super) service_name: Option<String>,
+    pub(super) temporality: Temporality,
+    /// Whether histograms are exponential.
+    pub(super) exponential: bool,
+    /// The attributes of the resource, `service.name` among them.
     pub(super) resource: Vec<KeyValue>,
-    /// One line for each invalid value.
+    /// One line for each variable that is invalid or has no effect.
     pub(super) warnings: Vec<String>,
-}
-
-/// How one signal is exported.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub(super) struct Signal {
-    pub(super) exporters: Vec<Exporter>,
-    pub(super) protocol: Protocol,
-    /// The complete URL. The exporter would read the variable itself, but untrimmed, and fail if it is invalid.
-    pub(super) endpoint: String,
-    /// The endpoint for messages: without path, user and password.
-    pub(super) place: String,
-    /// The limit of one export, retries included.
-    pub(super) timeout: Duration,
-    /// `traces`, `metrics` or `logs`.
-    pub(super) name: &'static str,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Exporter {
-    Otlp,
-    Console,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum Protocol {
-    #[default]
-    HttpProtobuf,
-    Grpc,
 }
 
 /// The bounds of a batch processor.
@@ -63,137 +44,66 @@ pub(super) struct BatchLimits {
 }
 
 impl Settings {
-    pub(super) fn from_env() -> Self {
+    pub(super) fn from_env() -> Result<Self, InitError> {
         Self::read(&|name| std::env::var(name).ok())
     }
 
     /// Reads the settings from any source of variables.
-    pub(super) fn read(lookup: Lookup<'_>) -> Self {
+    pub(super) fn read(lookup: Lookup<'_>) -> Result<Self, InitError> {
+        unsupported::refuse_config_file(lookup)?;
         let mut variables = Variables::new(lookup);
         let env = &mut variables;
+        unsupported::warn(env);
         let settings = Self {
             disabled: env.flag("OTEL_SDK_DISABLED"),
-            traces: signal(env, "traces", "OTEL_BSP_EXPORT_TIMEOUT"),
-            metrics: signal(env, "metrics", "OTEL_METRIC_EXPORT_TIMEOUT"),
-            logs: signal(env, "logs", "OTEL_BLRP_EXPORT_TIMEOUT"),
+            propagators: propagators::read(env),
+            traces: Signal::read(env, "traces", "OTEL_BSP_EXPORT_TIMEOUT"),
+            metrics: Signal::read(env, "metrics", "OTEL_METRIC_EXPORT_TIMEOUT"),
+            logs: Signal::read(env, "logs", "OTEL_BLRP_EXPORT_TIMEOUT"),
             sampler: sampler(env),
+            span_limits: span_limits(env),
             spans: batch(env, "BSP", 5_000),
             records: batch(env, "BLRP", 1_000),
             metric_interval: Duration::from_millis(env.positive("OTEL_METRIC_EXPORT_INTERVAL", 60_000)),
-            service_name: env.get("OTEL_SERVICE_NAME"),
+            temporality: temporality(env),
+            exponential: env.choice(
+                "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION",
+                &[("explicit_bucket_histogram", false), ("base2_exponential_bucket_histogram", true)],
+            ),
             resource: resource(env),
             warnings: Vec::new(),
         };
-        Self { warnings: variables.into_warnings(), ..settings }
+        Ok(Self { warnings: variables.into_warnings(), ..settings })
     }
 }
 
 fn batch(env: &mut Variables<'_>, kind: &str, delay: u64) -> BatchLimits {
     let queue = env.positive(&format!("OTEL_{kind}_MAX_QUEUE_SIZE"), 2_048);
     let most = env.positive(&format!("OTEL_{kind}_MAX_EXPORT_BATCH_SIZE"), 512_usize);
-    let delay = env.positive(&format!("OTEL_{kind}_SCHEDULE_DELAY"), delay);
-    BatchLimits { queue, most: most.min(queue), delay: Duration::from_millis(delay) }
+    let delay = env.whole(&format!("OTEL_{kind}_SCHEDULE_DELAY"), delay);
+    // Without any delay, the SDK's thread would keep a core busy.
+    BatchLimits { queue, most: most.min(queue), delay: Duration::from_millis(delay.max(1)) }
 }
 
-fn signal(env: &mut Variables<'_>, name: &'static str, export_timeout: &str) -> Signal {
-    let signal = &name.to_ascii_uppercase();
-    let protocol = protocol(env, signal);
-    let (endpoint, place) = endpoint(env, signal, protocol);
-    check_headers(env, signal);
-    check_compression(env, signal);
-    let timeout = timeout(env, signal, export_timeout);
-    Signal { exporters: exporters(env, signal), protocol, endpoint, place, timeout, name }
+fn temporality(env: &mut Variables<'_>) -> Temporality {
+    let choices = [
+        ("cumulative", Temporality::Cumulative),
+        ("delta", Temporality::Delta),
+        ("lowmemory", Temporality::LowMemory),
+    ];
+    env.choice("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", &choices)
 }
 
-fn timeout(env: &mut Variables<'_>, signal: &str, export_timeout: &str) -> Duration {
-    let own = env.own_or_general(signal, "TIMEOUT").map(|(name, _)| name);
-    let own = own.map_or(10_000, |name| env.positive(&name, 10_000));
-    // The SDK's processors do not apply their limit, so it bounds the exporter's.
-    Duration::from_millis(own.min(env.positive(export_timeout, 30_000)))
-}
-
-fn exporters(env: &mut Variables<'_>, signal: &str) -> Vec<Exporter> {
-    let name = format!("OTEL_{signal}_EXPORTER");
-    let Some(value) = env.get(&name) else {
-        return vec![Exporter::Otlp];
-    };
-    let mut exporters = Vec::new();
-    for exporter in value.split(',').map(|exporter| exporter.trim().to_ascii_lowercase()) {
-        match exporter.as_str() {
-            "otlp" => exporters.push(Exporter::Otlp),
-            "console" => exporters.push(Exporter::Console),
-            "none" => {}
-            _ => {
-                env.refuse((&name, &value), "otlp, console or none", "otlp");
-                return vec![Exporter::Otlp];
-            }
-        }
+/// Reads the limits of spans. The general limit of attributes is the default of the other ones.
+fn span_limits(env: &mut Variables<'_>) -> SpanLimits {
+    let attributes = env.whole("OTEL_ATTRIBUTE_COUNT_LIMIT", 128);
+    SpanLimits {
+        max_attributes_per_span: env.whole("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", attributes),
+        max_events_per_span: env.whole("OTEL_SPAN_EVENT_COUNT_LIMIT", 128),
+        max_links_per_span: env.whole("OTEL_SPAN_LINK_COUNT_LIMIT", 128),
+        max_attributes_per_event: env.whole("OTEL_EVENT_ATTRIBUTE_COUNT_LIMIT", attributes),
+        max_attributes_per_link: env.whole("OTEL_LINK_ATTRIBUTE_COUNT_LIMIT", attributes),
     }
-    exporters
-}
-
-/// Warns about headers that the exporter, which reads them itself, would drop silently.
-fn check_headers(env: &mut Variables<'_>, signal: &str) {
-    if let Some((name, value)) = env.own_or_general(signal, "HEADERS")
-        && value.split(',').any(|pair| !pair.trim().is_empty() && !pair.contains('='))
-    {
-        env.warn(format!(
-            "{name} is invalid (expected key=value,key=value; the value is not shown, since it may hold a secret); ignoring the invalid parts"
-        ));
-    }
-}
-
-fn check_compression(env: &mut Variables<'_>, signal: &str) {
-    if let Some((name, value)) = env.own_or_general(signal, "COMPRESSION")
-        && !["gzip", "none"].contains(&value.to_ascii_lowercase().as_str())
-    {
-        env.refuse((&name, &value), "gzip or none", "none");
-    }
-}
-
-fn protocol(env: &mut Variables<'_>, signal: &str) -> Protocol {
-    let Some((name, value)) = env.own_or_general(signal, "PROTOCOL") else {
-        return Protocol::default();
-    };
-    let expected = match value.to_ascii_lowercase().as_str() {
-        "http/protobuf" => return Protocol::HttpProtobuf,
-        "grpc" if cfg!(feature = "otlp-grpc") => return Protocol::Grpc,
-        "grpc" => "http/protobuf, or grpc with the cargo feature otlp-grpc",
-        _ => "http/protobuf or grpc",
-    };
-    env.refuse((&name, &value), expected, "http/protobuf");
-    Protocol::HttpProtobuf
-}
-
-/// Returns the signal's endpoint, and the same for messages.
-fn endpoint(env: &mut Variables<'_>, signal: &str, protocol: Protocol) -> (String, String) {
-    let default = match protocol {
-        Protocol::HttpProtobuf => "http://localhost:4318",
-        Protocol::Grpc => "http://localhost:4317",
-    };
-    // A general endpoint is a base for HTTP.
-    let below = |base: &str| match protocol {
-        Protocol::HttpProtobuf => {
-            format!("{}/v1/{}", base.trim_end_matches('/'), signal.to_ascii_lowercase())
-        }
-        Protocol::Grpc => base.to_owned(),
-    };
-    let Some((name, value)) = env.own_or_general(signal, "ENDPOINT") else {
-        return (below(default), default.to_owned());
-    };
-    let url =
-        Url::parse(&value).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
-    let Some(url) = url else {
-        env.warn(format!(
-            "{name} is invalid (expected a URL such as {default}; the value is not shown, since it may hold a secret); using {default}"
-        ));
-        return (below(default), default.to_owned());
-    };
-    // The URL may hold a user and a password.
-    let port = url.port().map_or_else(String::new, |port| format!(":{port}"));
-    let place = format!("{}://{}{port}", url.scheme(), url.host_str().unwrap_or_default());
-    let is_own = name.contains(signal);
-    (if is_own { url.to_string() } else { below(url.as_str()) }, place)
 }
 
 fn sampler(env: &mut Variables<'_>) -> Sampler {
@@ -221,8 +131,26 @@ fn sampler(env: &mut Variables<'_>) -> Sampler {
     }
 }
 
-/// Reads the attributes of the resource, which the SDK would not percent-decode.
+/// Reads the attributes of the resource, and the name of the service. The SDK would not decode them, and would take the
+/// name from an invalid list as well.
 fn resource(env: &mut Variables<'_>) -> Vec<KeyValue> {
+    let name = env.get("OTEL_SERVICE_NAME");
+    let mut attributes = attributes(env);
+    let is_name = |attribute: &KeyValue| attribute.key.as_str() == "service.name";
+    if let Some(name) = name.or_else(|| (!attributes.iter().any(is_name)).then(unknown_service)) {
+        attributes.retain(|attribute| !is_name(attribute));
+        attributes.push(KeyValue::new("service.name", name));
+    }
+    attributes
+}
+
+fn unknown_service() -> String {
+    let path = std::env::current_exe().ok();
+    let program = path.as_ref().and_then(|path| path.file_name()).and_then(OsStr::to_str);
+    program.map_or_else(|| "unknown_service".to_owned(), |program| format!("unknown_service:{program}"))
+}
+
+fn attributes(env: &mut Variables<'_>) -> Vec<KeyValue> {
     let name = "OTEL_RESOURCE_ATTRIBUTES";
     let Some(value) = env.get(name) else {
         return Vec::new();
@@ -241,21 +169,17 @@ fn resource(env: &mut Variables<'_>) -> Vec<KeyValue> {
     })
 }
 
-fn decode(text: &str) -> Option<String> {
-    // The decoder leaves a `%` that no two digits follow as it is; the specification wants the value refused.
-    let is_code = |rest: &str| rest.get(..2).is_some_and(|code| code.bytes().all(|b| b.is_ascii_hexdigit()));
-    let decoded = || percent_decode_str(text).decode_utf8().ok().map(Into::into);
-    text.split('%').skip(1).all(is_code).then(decoded).flatten()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::otlp::InitErrorKind;
+    use crate::otlp::propagators::Propagator;
+    use crate::otlp::signal::{Exporter, Protocol};
 
     fn read(variables: &[(&str, &str)]) -> Settings {
-        Settings::read(&|name| {
-            variables.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned())
-        })
+        let lookup =
+            |name: &str| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
+        Settings::read(&lookup).unwrap()
     }
 
     #[test]
@@ -271,33 +195,6 @@ mod tests {
     }
 
     #[test]
-    fn each_signal_has_its_own_exporters_and_protocol() {
-        let settings = read(&[
-            ("OTEL_METRICS_EXPORTER", "Console, otlp"),
-            ("OTEL_LOGS_EXPORTER", "none"),
-            ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),
-            ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "GRPC"),
-            ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://user:secret@collector:4318"),
-        ]);
-        assert_eq!(settings.metrics.exporters, [Exporter::Console, Exporter::Otlp]);
-        assert!(settings.logs.exporters.is_empty());
-        assert_eq!(settings.metrics.protocol, Protocol::HttpProtobuf);
-        assert_eq!(settings.traces.protocol == Protocol::Grpc, cfg!(feature = "otlp-grpc"));
-        assert_eq!(settings.metrics.place, "http://collector:4318");
-    }
-
-    #[test]
-    fn general_endpoint_is_a_base_and_the_endpoint_of_a_signal_is_not() {
-        let settings = read(&[
-            ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector/otel/\n"),
-            ("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", "http://logs:4318/in"),
-        ]);
-        assert_eq!(settings.traces.endpoint, "https://collector/otel/v1/traces");
-        assert_eq!(settings.logs.endpoint, "http://logs:4318/in");
-        assert_eq!(read(&[]).metrics.endpoint, "http://localhost:4318/v1/metrics");
-    }
-
-    #[test]
     fn invalid_value_is_replaced_by_the_default_with_one_warning() {
         for (name, value) in [
             ("OTEL_SDK_DISABLED", "yes"),
@@ -310,6 +207,11 @@ mod tests {
             ("OTEL_TRACES_SAMPLER", "sometimes"),
             ("OTEL_BSP_MAX_QUEUE_SIZE", "0"),
             ("OTEL_BSP_SCHEDULE_DELAY", "soon"),
+            ("OTEL_BSP_SCHEDULE_DELAY", "-1"),
+            ("OTEL_PROPAGATORS", "smoke"),
+            ("OTEL_SPAN_EVENT_COUNT_LIMIT", "few"),
+            ("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "sometimes"),
+            ("OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION", "round"),
             ("OTEL_METRIC_EXPORT_INTERVAL", "0"),
             ("OTEL_EXPORTER_OTLP_TIMEOUT", "-1"),
             ("OTEL_BSP_EXPORT_TIMEOUT", "never"),
@@ -320,24 +222,12 @@ mod tests {
                 settings.warnings.iter().filter(|warning| warning.contains(name)).collect();
             assert_eq!((warnings.len(), settings.warnings.len()), (1, 1), "{name}");
             assert!(!settings.disabled && settings.traces.exporters == [Exporter::Otlp]);
-            assert_eq!(settings.spans, read(&[]).spans);
+            assert_eq!((settings.spans, settings.propagators), (read(&[]).spans, read(&[]).propagators));
             assert_eq!(
                 (settings.metric_interval, settings.traces.timeout),
                 (read(&[]).metric_interval, read(&[]).traces.timeout)
             );
         }
-    }
-
-    #[test]
-    fn export_timeout_is_the_shorter_of_exporter_and_processor() {
-        let settings = read(&[
-            ("OTEL_EXPORTER_OTLP_TIMEOUT", "7000"),
-            ("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT", "900"),
-            ("OTEL_BSP_EXPORT_TIMEOUT", "500"),
-        ]);
-        let signals = [settings.traces, settings.metrics, settings.logs];
-        assert_eq!(signals.map(|signal| signal.timeout.as_millis()), [500, 900, 7_000]);
-        assert_eq!(read(&[]).logs.timeout, Duration::from_secs(10));
     }
 
     #[test]
@@ -357,9 +247,80 @@ mod tests {
     #[test]
     fn resource_attributes_are_percent_decoded() {
         let settings = read(&[("OTEL_RESOURCE_ATTRIBUTES", "team=a%2Cb%20c, zone = eu")]);
-        assert_eq!(settings.resource, [KeyValue::new("team", "a,b c"), KeyValue::new("zone", "eu")]);
-        for invalid in ["%", "100%", "%2", "%zz", "%+1", "%ff", "%é"] {
-            assert_eq!(decode(invalid), None, "{invalid}");
+        assert_eq!(settings.resource[..2], [KeyValue::new("team", "a,b c"), KeyValue::new("zone", "eu")]);
+    }
+
+    #[test]
+    fn invalid_list_of_resource_attributes_is_ignored_with_its_service_name() {
+        let name = |list, name| {
+            let settings = read(&[("OTEL_RESOURCE_ATTRIBUTES", list), ("OTEL_SERVICE_NAME", name)]);
+            let names = settings.resource.iter().filter(|attribute| attribute.key.as_str() == "service.name");
+            names.map(|attribute| attribute.value.to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(name("service.name=shop,team=a", ""), ["shop"]);
+        assert_eq!(name("service.name=shop,team=a", "store"), ["store"]);
+        let invalid = name("service.name=shop,team=a%zz", "");
+        assert!(invalid.len() == 1 && invalid[0].starts_with("unknown_service:"), "{invalid:?}");
+    }
+
+    #[test]
+    fn propagators_are_listed_once_and_unknown_ones_are_ignored() {
+        let of = |value| read(&[("OTEL_PROPAGATORS", value)]);
+        assert_eq!(of("Baggage, baggage").propagators, [Propagator::Baggage]);
+        assert_eq!(of("none").propagators, []);
+        assert_eq!(
+            (of("b3,tracecontext").propagators, of("b3,none").propagators),
+            (vec![Propagator::TraceContext], vec![])
+        );
+        assert_eq!(
+            of("none").warnings.len() + of("b3,none").warnings.len() + of("b3,jaeger").warnings.len(),
+            2
+        );
+    }
+
+    #[test]
+    fn batches_without_delay_are_exported_almost_at_once() {
+        let spans = read(&[("OTEL_BSP_SCHEDULE_DELAY", "0")]);
+        assert_eq!((spans.spans.delay, spans.warnings.len()), (Duration::from_millis(1), 0));
+    }
+
+    #[test]
+    fn general_limit_of_attributes_is_the_default_of_the_others() {
+        let limits = read(&[("OTEL_ATTRIBUTE_COUNT_LIMIT", "7"), ("OTEL_EVENT_ATTRIBUTE_COUNT_LIMIT", "3")])
+            .span_limits;
+        assert_eq!((limits.max_attributes_per_span, limits.max_attributes_per_link), (7, 7));
+        assert_eq!((limits.max_attributes_per_event, limits.max_events_per_span), (3, 128));
+    }
+
+    #[test]
+    fn configuration_file_is_refused() {
+        for name in ["OTEL_CONFIG_FILE", "OTEL_EXPERIMENTAL_CONFIG_FILE"] {
+            let error = Settings::read(&|asked| (asked == name).then(|| "otel.yaml".to_owned())).unwrap_err();
+            assert_eq!(error.kind(), InitErrorKind::Configuration);
+            assert!(error.to_string().starts_with(&format!("{name} is set: ")), "{error}");
         }
+    }
+
+    /// Returns the variables that `docs/environment.md` documents with a default.
+    fn documented_defaults() -> Vec<(&'static str, &'static str)> {
+        let rows =
+            include_str!("../../docs/environment.md").lines().filter(|line| line.starts_with("| `OTEL_"));
+        // The first two texts in backquotes, in different cells.
+        let default = |row: &'static str| {
+            let mut cells = row.split(" | ");
+            let (name, value) = (cells.next()?.trim_matches(['|', ' ', '`']), cells.next()?);
+            let value = value.strip_prefix('`')?.split('`').next()?;
+            Some((name, value))
+        };
+        rows.filter_map(default).collect()
+    }
+
+    #[test]
+    fn documented_defaults_are_those_in_effect() {
+        let mut documented = documented_defaults();
+        // The program is not named.
+        documented.retain(|(name, _)| *name != "OTEL_SERVICE_NAME");
+        assert!(documented.len() > 25, "{documented:?}");
+        assert_eq!(format!("{:?}", read(&documented)), format!("{:?}", read(&[])));
     }
 }

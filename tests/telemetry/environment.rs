@@ -11,6 +11,7 @@ use crate::servers::{Database, database, table};
 
 const SCENARIO: &str = "environment::one_stream";
 const HTTP: &str = "http/protobuf";
+const OCCUPANCY: &str = "fraiseql_channel_occupancy_rows";
 
 /// Reads one entity to its end; reports what could not be delivered.
 #[test]
@@ -183,9 +184,15 @@ fn each_invalid_value_causes_one_warning_and_the_default_is_used() {
         ("OTEL_BSP_MAX_QUEUE_SIZE", "0"),
         ("OTEL_BSP_SCHEDULE_DELAY", "soon"),
         ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "many"),
-        ("OTEL_BLRP_SCHEDULE_DELAY", "0"),
+        ("OTEL_BLRP_SCHEDULE_DELAY", "-1"),
         ("OTEL_METRIC_EXPORT_INTERVAL", "0"),
-        ("OTEL_RESOURCE_ATTRIBUTES", "team=a%zz"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "service.name=shop,team=a%zz"),
+        ("OTEL_PROPAGATORS", "pigeon"),
+        ("OTEL_SPAN_EVENT_COUNT_LIMIT", "few"),
+        ("OTEL_ATTRIBUTE_COUNT_LIMIT", "-1"),
+        ("OTEL_EXPORTER_OTLP_INSECURE", "maybe"),
+        ("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "sometimes"),
+        ("OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION", "round"),
     ];
     let (outcome, received) = run(&invalid);
     for (variable, value) in invalid {
@@ -195,7 +202,11 @@ fn each_invalid_value_causes_one_warning_and_the_default_is_used() {
     }
     assert_eq!(outcome.warnings().len(), invalid.len(), "{}", outcome.stderr);
     assert_eq!((signals(&received), &outcome.reported["shutdown"]), ([true; 3], &Value::Null));
-    assert!(!received.query("orders").resource.contains_key("team"));
+    let resource = &received.query("orders").resource;
+    let name = resource["service.name"].as_str().unwrap_or_default();
+    assert!(!resource.contains_key("team") && name.starts_with("unknown_service:"), "{resource:?}");
+    let rows = received.metric("fraiseql.stream.rows");
+    assert_eq!((rows.temporality, received.metric(OCCUPANCY).kind), ("cumulative", "histogram"));
 }
 
 #[test]
@@ -224,4 +235,66 @@ fn empty_variables_count_as_unset() {
         ("OTEL_METRIC_EXPORT_INTERVAL", " "),
     ]);
     assert_eq!((outcome.stderr.as_str(), signals(&received)), ("", [true; 3]));
+}
+
+#[test]
+fn zero_is_no_timeout_and_no_delay() {
+    let (outcome, received) = run(&[
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "0"),
+        ("OTEL_BSP_EXPORT_TIMEOUT", "0"),
+        ("OTEL_BLRP_EXPORT_TIMEOUT", "0"),
+        ("OTEL_METRIC_EXPORT_TIMEOUT", "0"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "0"),
+        ("OTEL_BLRP_SCHEDULE_DELAY", "0"),
+    ]);
+    assert_eq!((outcome.stderr.as_str(), &outcome.reported["shutdown"]), ("", &Value::Null));
+    assert_eq!(signals(&received), [true; 3]);
+}
+
+#[test]
+fn grpc_endpoint_needs_no_scheme() {
+    let collector = Collector::start().unwrap();
+    let endpoint = collector.grpc_endpoint();
+    let outcome = Scenario::new(SCENARIO, &orders())
+        .set("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+        .set("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.trim_start_matches("http://"))
+        .set("OTEL_EXPORTER_OTLP_INSECURE", "true")
+        .run();
+    assert_eq!((outcome.stderr.as_str(), &outcome.reported["shutdown"]), ("", &Value::Null));
+    assert_eq!(signals(&Received::by(&collector)), [true; 3]);
+}
+
+#[test]
+fn histograms_can_be_exponential() {
+    let aggregation = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION";
+    let (outcome, received) = run(&[(aggregation, "base2_exponential_bucket_histogram")]);
+    assert_eq!(outcome.stderr, "");
+    for name in [OCCUPANCY, "fraiseql.stream.time_to_first_row", "db.client.operation.duration"] {
+        let metric = received.metric(name);
+        assert_eq!((metric.kind, metric.points[0].count > 0), ("exponential_histogram", true), "{name}");
+    }
+    assert_eq!(received.metric("fraiseql.stream.rows").kind, "sum");
+}
+
+#[test]
+fn temporality_can_be_delta() {
+    let (outcome, received) = run(&[("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "Delta")]);
+    assert_eq!(outcome.stderr, "");
+    for name in [OCCUPANCY, "fraiseql.stream.rows"] {
+        assert_eq!(received.metric(name).temporality, "delta", "{name}");
+    }
+}
+
+#[test]
+fn attributes_and_events_of_spans_can_be_limited() {
+    for limit in ["OTEL_ATTRIBUTE_COUNT_LIMIT", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT"] {
+        let (outcome, received) = run(&[(limit, "3"), ("OTEL_SPAN_EVENT_COUNT_LIMIT", "0")]);
+        assert_eq!(outcome.stderr, "", "{limit}");
+        let queries: Vec<_> = received.spans.iter().filter(|span| span.name == "SELECT orders").collect();
+        assert_eq!(
+            (queries.len(), queries[0].attributes.len(), queries[0].events.len()),
+            (1, 3, 0),
+            "{limit}"
+        );
+    }
 }

@@ -1,4 +1,4 @@
-//! An unreachable collector costs telemetry and one line in the log, never a row.
+//! An unreachable collector costs telemetry and a line in the log at either end of the outage, never a row.
 
 use std::time::Duration;
 
@@ -57,6 +57,12 @@ fn stream() -> Scenario {
         .set("OTEL_BLRP_SCHEDULE_DELAY", "100")
 }
 
+/// Returns the last value of a counter for this reason of failure.
+fn failures(received: &Received, name: &str, reason: &str) -> f64 {
+    let metric = received.export_metrics.iter().rfind(|metric| metric.name == name).expect("the metric");
+    metric.point(&[("error.type", reason)]).and_then(|point| point.value).expect("a value")
+}
+
 fn assert_outage_is_survived(protocol: &str) {
     let mut collector = Collector::start().expect("a collector");
     let mut running = stream().to(&collector, protocol).start();
@@ -75,9 +81,15 @@ fn assert_outage_is_survived(protocol: &str) {
         (&json!(ROWS), &Value::Null),
         "{protocol}"
     );
-    assert_eq!(outcome.warnings().len(), 1, "{protocol}: {}", outcome.stderr);
-    assert!(outcome.stderr.contains("not logged until export recovers"), "{protocol}: {}", outcome.stderr);
+    let warnings = outcome.warnings();
+    assert_eq!(warnings.len(), 2, "{protocol}: {}", outcome.stderr);
+    assert!(warnings[0].contains("not logged until export recovers"), "{protocol}: {}", outcome.stderr);
     let received = Received::by(&collector);
+    let lost = |name| failures(&received, name, "_OTHER");
+    let (spans, records) = (lost("otel.sdk.exporter.span.exported"), lost("otel.sdk.exporter.log.exported"));
+    let expected = format!("{spans} spans and {records} log records were lost");
+    assert!(spans > 0.0 && warnings[1].ends_with(&expected), "{protocol}: {expected}: {}", outcome.stderr);
+    assert!(lost("otel.sdk.exporter.metric_data_point.exported") > 0.0, "{protocol}");
     let rows = [("entity", "rows"), ("outcome", "yielded")];
     assert_eq!(received.value("fraiseql.stream.rows", &rows), f64::from(ROWS), "{protocol}");
     let later = received.query("later");
@@ -85,12 +97,12 @@ fn assert_outage_is_survived(protocol: &str) {
 }
 
 #[test]
-fn collector_lost_in_mid_stream_costs_no_row_and_one_line_by_http() {
+fn collector_lost_in_mid_stream_costs_no_row_and_two_lines_by_http() {
     assert_outage_is_survived("http/protobuf");
 }
 
 #[test]
-fn collector_lost_in_mid_stream_costs_no_row_and_one_line_by_grpc() {
+fn collector_lost_in_mid_stream_costs_no_row_and_two_lines_by_grpc() {
     assert_outage_is_survived("grpc");
 }
 
@@ -115,4 +127,36 @@ fn collector_that_accepts_only_traces_is_logged_once() {
     let received = Received::by(&collector);
     assert!(received.metrics.is_empty());
     assert_eq!((received.queries("rows").len(), received.queries("later").len()), (1, 1));
+}
+
+/// Records far more spans than the queue has room for.
+#[test]
+fn dropped_spans_are_counted_and_logged_once_a_minute() {
+    let collector = Collector::start().unwrap();
+    let mut running = stream()
+        .to(&collector, "http/protobuf")
+        .set("OTEL_BSP_MAX_QUEUE_SIZE", "4")
+        .set("OTEL_BSP_SCHEDULE_DELAY", "50")
+        .start();
+    running.wait_for("half");
+    running.resume();
+    running.wait_for("end");
+    running.resume();
+    let outcome = running.finish();
+    assert_eq!((&outcome.reported["read"], &outcome.reported["error"]), (&json!(ROWS), &Value::Null));
+    let received = Received::by(&collector);
+    let processed = "otel.sdk.processor.span.processed";
+    let dropped = failures(&received, processed, "queue_full");
+    let metric = received.export_metrics.iter().rfind(|metric| metric.name == processed).unwrap();
+    let kept = metric.points.iter().find(|point| !point.attributes.contains_key("error.type"));
+    let kept = kept.and_then(|point| point.value).expect("a value");
+    let arrived = received.spans.len() as f64;
+    assert!(
+        dropped > 0.0 && kept > 0.0 && kept <= arrived,
+        "{dropped} dropped, {kept} kept, {arrived} arrived"
+    );
+    let warnings = outcome.warnings();
+    assert_eq!(warnings.len(), 1, "{}", outcome.stderr);
+    assert!(warnings[0].contains(" spans were dropped: "), "{}", outcome.stderr);
+    assert!(warnings[0].contains("OTEL_BSP_MAX_QUEUE_SIZE"), "{}", outcome.stderr);
 }

@@ -9,7 +9,10 @@ use serde_json::Value;
 pub(crate) struct Received {
     pub(crate) spans: Vec<Span>,
     pub(crate) logs: Vec<Log>,
+    /// Those of streams.
     pub(crate) metrics: Vec<Metric>,
+    /// Those of the export itself.
+    pub(crate) export_metrics: Vec<Metric>,
     /// The same as the collector's debug exporter prints it.
     pub(crate) text: String,
 }
@@ -18,10 +21,13 @@ impl Received {
     /// Stops the collector, which makes it write everything, and reads that.
     pub(crate) fn by(collector: &Collector) -> Self {
         collector.stop().expect("the collector stops");
+        let of_streams = |metric: &Metric| metric.scope != "fraiseql_stream.otlp";
+        let (metrics, export_metrics) = collector.metrics().into_iter().partition(of_streams);
         Self {
             spans: collector.spans(),
             logs: collector.logs(),
-            metrics: collector.metrics(),
+            metrics,
+            export_metrics,
             text: collector.debug_log(),
         }
     }

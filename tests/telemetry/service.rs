@@ -160,7 +160,7 @@ fn telemetry_on_request_is_exported_if_a_variable_is_set() {
     let scenario = Scenario::new("service::on_request", &tables());
     let outcome = scenario.to(&collector, "http/protobuf").run();
     assert_eq!(outcome.reported, true);
-    assert_eq!(outcome.warnings(), [" WARN a warning of the service"], "{}", outcome.stderr);
+    assert_is_the_warning(&outcome.warnings());
     let received = Received::by(&collector);
     assert_eq!(received.queries("orders").len(), 1);
     assert_eq!(received.value("fraiseql.stream.active", &[("entity", "orders")]), 0.0);
@@ -172,7 +172,46 @@ fn telemetry_on_request_only_prints_warnings_if_no_variable_has_a_value() {
     let outcome = scenario.set("OTEL_EXPORTER_OTLP_ENDPOINT", " ").run();
     assert_eq!(outcome.reported, false);
     // An export to the default endpoint would add a line.
-    assert_eq!(outcome.warnings(), [" WARN a warning of the service"], "{}", outcome.stderr);
+    assert_is_the_warning(&outcome.warnings());
+}
+
+/// Asserts that there is only the warning of the service, with a time and its target.
+fn assert_is_the_warning(lines: &[&str]) {
+    let [line] = lines else { panic!("{lines:#?}") };
+    let (time, text) = line.split_once(' ').unwrap_or_default();
+    assert_eq!(text.trim_start(), "WARN telemetry::service: a warning of the service");
+    assert!(time.starts_with("20") && time.ends_with('Z') && time.contains('T'), "{line}");
+}
+
+#[test]
+fn standard_error_is_filtered_as_asked_and_exports_are_not() {
+    for (filter, warns, starts) in
+        [("error", false, false), ("warn,fraiseql_stream=debug", true, true), ("telemetry=info", true, false)]
+    {
+        let collector = Collector::start().unwrap();
+        let scenario = Scenario::new("service::on_request", &tables()).set("RUST_LOG", filter);
+        let outcome = scenario.to(&collector, "http/protobuf").run();
+        assert_eq!(
+            outcome.stderr.contains("a warning of the service"),
+            warns,
+            "{filter}: {}",
+            outcome.stderr
+        );
+        assert_eq!(outcome.stderr.contains("stream started"), starts, "{filter}: {}", outcome.stderr);
+        let received = Received::by(&collector);
+        let query = received.query("orders");
+        let of_query = |log: &&backends::Log| log.trace_id == query.trace_id;
+        assert_eq!(received.logs.iter().filter(of_query).count(), 1, "{filter}");
+    }
+}
+
+#[test]
+fn invalid_filter_causes_one_warning() {
+    let scenario = Scenario::new("service::on_request", &tables());
+    let outcome = scenario.set("RUST_LOG", "fraiseql_stream=loud").run();
+    let about = |line: &&str| line.contains("RUST_LOG=\"fraiseql_stream=loud\" is invalid");
+    assert_eq!(outcome.warnings().into_iter().filter(about).count(), 1, "{}", outcome.stderr);
+    assert_eq!(outcome.warnings().len(), 2, "{}", outcome.stderr);
 }
 
 #[test]
