@@ -16,6 +16,8 @@ const COMPOSECHECK: go::Module = go::Module {
         ("go.sum", include_str!("../composecheck/go.sum")),
         ("main.go", include_str!("../composecheck/main.go")),
     ],
+    packages: &[],
+    tags: "",
     build_time: "15 seconds",
 };
 
