@@ -118,7 +118,8 @@ impl Prometheus {
     /// # Errors
     /// If the server does not answer or rejects the expression.
     pub fn query(&self, expression: &str) -> Result<Vec<Value>, Error> {
-        let data = self.api(&format!("query?query={}", percent_encoded(expression)))?;
+        let data = self.api(&format!("query?query={}", percent_encoded(expression)));
+        let data = data.map_err(|error| Error::new(format!("{expression}: {error}")))?;
         let series = data["result"].as_array().cloned();
         series.ok_or_else(|| Error::new(format!("{expression} returns no list: {data}")))
     }
@@ -128,11 +129,11 @@ impl Prometheus {
     /// # Errors
     /// If the server does not answer or rejects the request.
     pub fn api(&self, path: &str) -> Result<Value, Error> {
-        let (status, body) =
+        let (_, body) =
             http::get(self.port, &format!("/api/v1/{path}")).context("Prometheus does not answer")?;
         let mut answer: Value = serde_json::from_str(&body).unwrap_or_default();
         if answer["status"] != "success" {
-            return Err(Error::new(format!("Prometheus rejects {path} with status {status}: {body}")));
+            return Err(Error::new(format!("Prometheus rejects the request: {body}")));
         }
         Ok(answer["data"].take())
     }
