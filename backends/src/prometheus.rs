@@ -70,6 +70,20 @@ impl Prometheus {
     /// # Errors
     /// If Prometheus is not installed and cannot be built, or the server does not start.
     pub fn start(files: &[(&str, &str)], options: &[&str]) -> Result<Self, Error> {
+        let mut attempts = 5;
+        loop {
+            attempts -= 1;
+            let server = Self::launch(files, options)?;
+            match server.wait_until_ready() {
+                Ok(()) => return Ok(server),
+                // Another program has taken the port in the meantime: retry with another one.
+                Err(_) if attempts > 0 && server.log().contains("address already in use") => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn launch(files: &[(&str, &str)], options: &[&str]) -> Result<Self, Error> {
         let program = prometheus_program()?;
         let dir = Dir::new("prometheus", None)?;
         for (name, contents) in files {
@@ -86,9 +100,7 @@ impl Prometheus {
         let command: Vec<&OsStr> = std::iter::once(program.as_os_str()).chain(options).collect();
         let plan =
             Plan { account: None, signals: ["TERM", "KILL"], cleanup: "", env: &[], command: &command };
-        let server = Self { process: Process::start(dir, &plan)?, port };
-        server.wait_until_ready()?;
-        Ok(server)
+        Ok(Self { process: Process::start(dir, &plan)?, port })
     }
 
     fn wait_until_ready(&self) -> Result<(), Error> {
