@@ -110,3 +110,26 @@ fn every_query_variable_filters_by_the_chosen_data_source() {
         }
     }
 }
+
+/// Returns the values of `url` anywhere in a dashboard.
+fn urls(value: &Value) -> Vec<&str> {
+    let own = value["url"].as_str();
+    let inner: Vec<&Value> = match value {
+        Value::Array(items) => items.iter().collect(),
+        Value::Object(fields) => fields.values().collect(),
+        _ => Vec::new(),
+    };
+    own.into_iter().chain(inner.into_iter().flat_map(urls)).collect()
+}
+
+#[test]
+fn every_link_is_a_valid_url() {
+    for (file, dashboard) in dashboards() {
+        let urls = urls(&dashboard);
+        assert!(urls.iter().any(|url| url.starts_with("/explore?")), "{file} has no link to traces");
+        for url in urls {
+            // What is neither a variable nor encoded would end the parameter, or the URL.
+            assert!(!url.contains([' ', '"', '\\']) && !url.contains("&&"), "{file}: {url}");
+        }
+    }
+}
