@@ -13,22 +13,22 @@ use crate::streams::SCHEMA;
 
 const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// The alerts that the streams of the service are made for, with the entity, if they have one.
-pub(crate) const EXPECTED: [(&str, &str); 14] = [
-    ("FraiseqlConsumerBound", "slow_sink"),
-    ("FraiseqlConsumerBound", "large"),
-    ("FraiseqlConsumerBound", "held"),
-    ("FraiseqlChannelOccupancyHigh", "slow_sink"),
-    ("FraiseqlChannelFullByBytes", "large"),
-    ("FraiseqlSourceBound", "slow_view"),
-    ("FraiseqlRuntimeStarved", "starved"),
-    ("FraiseqlStreamStalled", "held"),
-    ("FraiseqlStreamsFail", "broken"),
-    ("FraiseqlQueriesRefused", ""),
-    ("FraiseqlRowsFail", "odd"),
-    ("FraiseqlEntityOverflow", ""),
-    ("FraiseqlExporterSilent", ""),
-    ("FraiseqlCollectorDown", ""),
+/// The alerts that the streams are made for, with job and entity, if they have one.
+pub(crate) const EXPECTED: [(&str, &str, &str); 14] = [
+    ("FraiseqlConsumerBound", "shop", "slow_sink"),
+    ("FraiseqlConsumerBound", "shop", "large"),
+    ("FraiseqlConsumerBound", "shop", "held"),
+    ("FraiseqlChannelOccupancyHigh", "shop", "slow_sink"),
+    ("FraiseqlChannelFullByBytes", "shop", "large"),
+    ("FraiseqlSourceBound", "shop", "slow_view"),
+    ("FraiseqlRuntimeStarved", "shop", "starved"),
+    ("FraiseqlStreamStalled", "shop", "held"),
+    ("FraiseqlStreamsFail", "shop", "broken"),
+    ("FraiseqlQueriesRefused", "shop", ""),
+    ("FraiseqlRowsFail", "shop", "odd"),
+    ("FraiseqlEntityOverflow", "shop", ""),
+    ("FraiseqlExporterSilent", "direct", ""),
+    ("FraiseqlCollectorDown", "collector", ""),
 ];
 
 pub(crate) struct Stack {
@@ -65,8 +65,9 @@ impl Stack {
         direct.end();
         let missing = || {
             let firing = firing(&prometheus);
-            let fires =
-                |(alert, entity): &(&str, &str)| firing.iter().any(|one| one.0 == *alert && one.2 == *entity);
+            let fires = |expected: &(&str, &str, &str)| {
+                firing.iter().any(|(alert, job, entity)| (&**alert, &**job, &**entity) == *expected)
+            };
             EXPECTED.into_iter().filter(|expected| !fires(expected)).collect::<Vec<_>>()
         };
         assert!(
@@ -92,7 +93,7 @@ fn prometheus(collector: u16) -> Prometheus {
             ("evaluation_interval: 15s", "evaluation_interval: 500ms"),
         ],
     );
-    // The expressions stay as they are, except for the silence that nobody wants to wait for. `[5m]` is not shortened:
+    // The expressions stay as they are, except for five minutes of silence, which would take too long. `[5m]` is not shortened:
     // a rate extends what it has seen, and the shares are ratios of rates.
     let alerts = replaced(
         &read("deploy/prometheus/alerts.yml"),
