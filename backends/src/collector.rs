@@ -2,14 +2,13 @@
 
 pub(crate) mod telemetry;
 
-use std::env;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::error::{Context as _, Error};
-use crate::go::{self, Module};
+use crate::go::{Module, installed};
 use crate::http;
 use crate::process::{Dir, Plan, Process, free_ports};
 use telemetry::{Log, Metric, Span};
@@ -25,6 +24,8 @@ const MODULE: Module = Module {
         ("go.sum", include_str!("../otelcol/go.sum")),
         ("main.go", include_str!("../otelcol/main.go")),
     ],
+    packages: &[],
+    tags: "",
     build_time: "2 minutes",
 };
 
@@ -34,15 +35,7 @@ const MODULE: Module = Module {
 /// # Errors
 /// If `OTELCOL` is unusable, or no collector is installed and none can be built.
 pub fn collector_program() -> Result<PathBuf, Error> {
-    if let Some(program) = env::var_os("OTELCOL").map(PathBuf::from) {
-        return program.canonicalize().map_err(|error| {
-            let program = program.to_string_lossy();
-            Error::new(format!(
-                "OTELCOL={program:?} is unusable: {error}; set it to the path of a collector, or unset it"
-            ))
-        });
-    }
-    if let Some(program) = go::on_path(&["otelcol-contrib", "otelcol"]) {
+    if let Some(program) = installed("OTELCOL", &["otelcol-contrib", "otelcol"])? {
         return Ok(program);
     }
     MODULE.program().map_err(|error| {
@@ -184,6 +177,11 @@ impl Collector {
     /// Returns the port of [`http_endpoint`](Self::http_endpoint).
     pub fn http_port(&self) -> u16 {
         self.ports.http
+    }
+
+    /// Returns the port at which the metrics are exposed to a Prometheus server.
+    pub fn prometheus_port(&self) -> u16 {
+        self.ports.prometheus
     }
 
     /// Returns the metrics as a Prometheus server would scrape them now.

@@ -1,11 +1,13 @@
-//! Real servers for tests and for the demo: a private [`Postgres`] and a private OpenTelemetry [`Collector`].
+//! Real servers for tests and for the demo: a private [`Postgres`], a private OpenTelemetry [`Collector`] and a private
+//! [`Prometheus`].
 //!
 //! Each server is a native process with its own folder, on free loopback ports. The process and its folder are removed
 //! as soon as their owner is gone, whether it was dropped, panicked, exited or was killed.
 //!
 //! Programs that are not installed are downloaded or built once, into a cache outside the checkout, and announced by one
-//! line on standard error. If that is not possible either, the error names the package to install. Two variables select
-//! a program: `PG_BIN`, the folder of `initdb` and `postgres`, and `OTELCOL`, the path of a collector.
+//! line on standard error. If that is not possible either, the error names the package to install. Variables select a
+//! program: `PG_BIN`, the folder of `initdb` and `postgres`, and `OTELCOL`, `PROMETHEUS` and `PROMTOOL`, the paths of these
+//! programs.
 //!
 //! ```no_run
 //! # fn main() -> Result<(), backends::Error> {
@@ -25,6 +27,7 @@ pub mod go;
 pub mod http;
 mod postgres;
 mod process;
+mod prometheus;
 
 use std::fmt::Display;
 use std::process::Command;
@@ -34,6 +37,7 @@ pub use collector::telemetry::{Event, Log, Metric, Point, Span};
 pub use collector::{Collector, collector_program};
 pub use error::Error;
 pub use postgres::{Builder, Postgres};
+pub use prometheus::{Prometheus, prometheus_program, promtool_program};
 
 /// Checks `condition` every 10 ms and returns `true` as soon as it holds, or `false` after `timeout`.
 ///

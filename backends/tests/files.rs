@@ -16,6 +16,8 @@ const COMPOSECHECK: go::Module = go::Module {
         ("go.sum", include_str!("../composecheck/go.sum")),
         ("main.go", include_str!("../composecheck/main.go")),
     ],
+    packages: &[],
+    tags: "",
     build_time: "15 seconds",
 };
 
@@ -85,6 +87,29 @@ fn every_mounted_file_exists() {
     }
     assert!(mounted.contains(&root().join("otel-collector.yaml")), "{mounted:?}");
     assert!(mounted.contains(&root().join("deploy/postgres/seed.sql")), "{mounted:?}");
+}
+
+#[test]
+fn rules_and_dashboards_are_mounted_where_their_readers_look() {
+    let services = services();
+    let mount = |name: &str, source: &str| {
+        let (_, service) = services.iter().find(|service| service.0 == name).expect("the service exists");
+        let source = root().join(source).display().to_string();
+        let mounts = list(service, "volumes").iter().find(|mount| mount["source"] == source);
+        mounts.and_then(|mount| mount["target"].as_str()).unwrap_or_default().to_owned()
+    };
+    assert_eq!(mount("prometheus", "deploy/prometheus"), "/etc/prometheus");
+    let provider = "deploy/grafana/provisioning/dashboards";
+    assert_eq!(mount("grafana", provider), "/etc/grafana/provisioning/dashboards");
+    let provider = std::fs::read_to_string(root().join(provider).join("dashboards.yaml")).unwrap();
+    assert!(provider.contains(&format!("path: {}\n", mount("grafana", "deploy/grafana/dashboards"))));
+}
+
+#[test]
+fn anonymous_visitors_of_grafana_cannot_change_anything() {
+    let services = services();
+    let (_, grafana) = services.iter().find(|service| service.0 == "grafana").unwrap();
+    assert_eq!(grafana["environment"]["GF_AUTH_ANONYMOUS_ORG_ROLE"], "Viewer");
 }
 
 #[test]

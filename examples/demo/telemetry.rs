@@ -7,7 +7,7 @@ const HINT: &str = "\
 To see it in Grafana:
    docker compose up -d --wait
    export OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318
-   export OTEL_SERVICE_NAME=demo OTEL_METRIC_EXPORT_INTERVAL=1000
+   export OTEL_SERVICE_NAME=demo OTEL_METRIC_EXPORT_INTERVAL=5000
    cargo run --release --features otlp --example demo
    and open http://127.0.0.1:3000";
 

@@ -10,7 +10,7 @@ use tracing_subscriber::layer::Layer;
 use tracing_subscriber::registry::LookupSpan;
 
 use super::Guard;
-use crate::telemetry::{FIRST_ROW, SCOPE};
+use crate::telemetry::{FIRST_ROW, SCHEMA_URL, SCOPE};
 
 impl Guard {
     /// Returns the layer that exports `tracing` spans as OpenTelemetry spans, and events as log records.
@@ -60,7 +60,10 @@ struct ScopedTracer {
 
 impl ScopedTracer {
     fn new(provider: &SdkTracerProvider) -> Self {
-        let scope = InstrumentationScope::builder(SCOPE).with_version(env!("CARGO_PKG_VERSION")).build();
+        let scope = InstrumentationScope::builder(SCOPE)
+            .with_version(env!("CARGO_PKG_VERSION"))
+            .with_schema_url(SCHEMA_URL)
+            .build();
         Self { provider: provider.clone(), own: provider.tracer_with_scope(scope) }
     }
 }

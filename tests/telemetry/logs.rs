@@ -98,7 +98,7 @@ fn start_and_heartbeat_are_logged_and_nothing_after_the_end_of_a_stream() {
         assert_eq!(heartbeat.attributes.get(attribute), Some(value), "{attribute}");
     }
     let body = heartbeat.body.as_str().unwrap_or_default();
-    assert!(body.starts_with("orders: 1 rows, ") && body.contains("consumer-bound"), "{body}");
+    assert!(body.starts_with("orders: 1 row, ") && body.contains("consumer-bound"), "{body}");
     let cancel = received.below(received.query("silent"), "cancel");
     assert!(seconds(cancel[0]) > 3.0, "{cancel:#?}");
     // The first row is an event of the span, not a record of the log.
