@@ -73,7 +73,18 @@ impl Settings {
             resource: resource(env),
             warnings: Vec::new(),
         };
+        warn_of_unused_certificates(env, [&settings.traces, &settings.metrics, &settings.logs]);
         Ok(Self { warnings: variables.into_warnings(), ..settings })
+    }
+}
+
+/// Warns of certificates that nothing uses: whoever gives one expects encryption.
+fn warn_of_unused_certificates(env: &mut Variables<'_>, signals: [&Signal; 3]) {
+    if signals.iter().any(|signal| signal.is_encrypted()) {
+        return;
+    }
+    for variable in signals.into_iter().flat_map(|signal| signal.tls.variables()) {
+        env.warn(format!("{variable} has no effect: the endpoint is not encrypted; use one with https"));
     }
 }
 

@@ -40,6 +40,12 @@ impl Tls {
         }
     }
 
+    /// Returns the variables that are set.
+    pub(super) fn variables(&self) -> impl Iterator<Item = &str> {
+        let files = [&self.authorities, &self.certificate, &self.key];
+        files.into_iter().flatten().map(|file| file.variable.as_str())
+    }
+
     /// Reads the files. Exporting without one of them would be less secure than what was asked for, so each has to be
     /// usable.
     pub(super) fn load(&self) -> Result<Pem, InitError> {

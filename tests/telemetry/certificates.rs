@@ -176,9 +176,12 @@ fn unusable_file_fails_the_set_up() {
 }
 
 #[test]
-fn certificates_are_not_read_for_an_endpoint_without_encryption() {
+fn certificate_for_an_endpoint_without_encryption_causes_one_warning() {
     let collector = Collector::start().unwrap();
     let scenario = scenario(&collector, PROTOCOLS[0]);
     let outcome = scenario.set("OTEL_EXPORTER_OTLP_CERTIFICATE", "/nowhere.pem").run();
-    assert_exported(&outcome, &Received::by(&collector), "http");
+    assert_eq!(outcome.warnings().len(), 1, "{}", outcome.stderr);
+    let expected = "OTEL_EXPORTER_OTLP_CERTIFICATE has no effect: the endpoint is not encrypted";
+    assert!(outcome.stderr.contains(expected), "{}", outcome.stderr);
+    assert_eq!(Received::by(&collector).queries("orders").len(), 1);
 }
