@@ -19,6 +19,9 @@ impl Guard {
     /// crate, the `target` for all others. Spans and events of the libraries used for exporting are left out, since
     /// each export would otherwise cause another one. A signal without exporter is not recorded.
     ///
+    /// A subscriber can have only one layer of tracing-opentelemetry, and this is one: a second one, or this layer of a
+    /// second guard, makes tracing-subscriber panic at the first span.
+    ///
     /// # Examples
     ///
     /// ```no_run
