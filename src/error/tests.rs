@@ -51,7 +51,7 @@ async fn recorded_text_has_neither_the_sqlstate_nor_a_message_that_may_quote_val
         let error = Error::query(received(&fields).await).of_entity(&"orders".into());
         Recorded(&error).to_string()
     };
-    assert_eq!(recorded("42P01").await, "orders: the message; detail: the detail");
+    assert_eq!(recorded("53200").await, "orders: the message; detail: the detail");
     for (code, what) in [("22P02", "data exception"), ("23505", "constraint violation")] {
         let hidden = format!("orders: {what} (its message may quote values, so it is not recorded)");
         assert_eq!(recorded(code).await, hidden);
