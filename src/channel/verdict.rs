@@ -49,7 +49,9 @@ use super::ledger::{ConsumerState, Times};
 ///   thread for a significant part of the time, and as backlog otherwise. The order proves nothing if something other
 ///   than rows also wakes the stream's task, such as a timer in a `select!` or a second stream; `ConsumerBound` and
 ///   `RuntimeBound` may then be confused. The future passed to `block_on` (`main` on a current-thread runtime) has no
-///   place in that order, so its ambiguous delays count as scheduled. A multi-thread runtime with one worker is treated as if it had several.
+///   place in that order, so its ambiguous delays count as scheduled. A multi-thread runtime with one
+///   worker is treated as if it had several. With several workers, the check itself may be queued on the thread that the
+///   stream's own task blocks, so a single long block may count as scheduled.
 /// - **What your code awaits while it holds rows.** That time counts as your code's, even if a late runtime delays what
 ///   it awaits.
 /// - **Isolated delays of the runtime.** The runtime is checked every 250 ms, every 10 ms while streams have waits of

@@ -18,7 +18,7 @@ use crate::channel::{Clock, Limits, Observer, Watchdog, bounded};
 use crate::connection::{Connection, Hold};
 use crate::error::{Error, ErrorKind, Result};
 use crate::postgres::{self, Lease, Session, Sql, Value};
-use crate::telemetry::{Heartbeat, QueryInfo, Recorder, wait_in_span};
+use crate::telemetry::{End, Heartbeat, QueryInfo, Recorder, wait_in_span};
 
 /// A query for the JSON documents of one entity. Created by [`Connection::query`] and [`Connection::into_query`].
 ///
@@ -353,7 +353,7 @@ impl<'p, T: FromJson, C: Hold> Query<'p, T, C> {
                 if error.sqlstate().is_some() {
                     unseen_failure.store(false, Ordering::Relaxed);
                 }
-                recorder.ended(Some(Err(&error)));
+                recorder.ended(End::Failed(&error));
                 Err(error)
             }
         }

@@ -8,7 +8,7 @@ use super::decode::{CurrentChunk, FromJson, Sampler};
 use super::launch::Launch;
 use crate::channel::{Chunk, Ended, Nanos, Observer, Occupancy, Payload as _, Progress, Receiver, Taken};
 use crate::error::{Error, Result};
-use crate::telemetry::{PollBatch, Recorder};
+use crate::telemetry::{End, PollBatch, Recorder};
 
 /// A condition on decoded rows.
 pub(crate) type Predicate<T> = Box<dyn FnMut(&T) -> bool + Send>;
@@ -174,7 +174,7 @@ impl<T: FromJson> Reader<T> {
         let is_complete = self.is_complete();
         // Closing stops the clocks, so that the times are final when they are recorded.
         self.receiver.close();
-        self.recorder.ended(is_complete.then_some(Ok(())));
+        self.recorder.ended(if is_complete { End::Complete } else { End::Dropped });
         self.ended = true;
         self.producing = Producing::Ended;
     }
@@ -253,7 +253,7 @@ impl<T: FromJson> Reader<T> {
         self.producing = Producing::Ended;
         let end =
             end.map_err(|error| error.of_entity(&self.observer.entity).with_stats(self.observer.stats()));
-        self.recorder.ended(Some(end.as_ref().copied()));
+        self.recorder.ended(end.as_ref().map_or_else(End::Failed, |()| End::Complete));
         let error = end.err();
         if error.as_ref().is_some_and(|error| error.sqlstate().is_some()) {
             self.unseen_failure.store(false, Ordering::Relaxed);

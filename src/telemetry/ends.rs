@@ -24,7 +24,7 @@ pub(crate) const ENDS: usize = 2 + STREAM_ERRORS.len();
 
 /// How a stream ended.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum End<'a> {
+pub(crate) enum End<'a> {
     Complete,
     /// The stream was dropped before its end, or the future of `Query::stream` before Postgres had accepted the query.
     Dropped,

@@ -14,6 +14,7 @@ pub(crate) use before::{connect_span, record_connected, record_error, wait_in_sp
 pub(crate) use database::Database;
 #[cfg(feature = "otlp")]
 pub(crate) use ends::ENDS;
+pub(crate) use ends::End;
 pub use instruments::Instruments;
 pub(crate) use recorder::{Heartbeat, Recorder};
 #[cfg(feature = "otlp")]

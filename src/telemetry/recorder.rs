@@ -97,14 +97,9 @@ impl Recorder {
         self.batches.taken(now, batch);
     }
 
-    /// Records how the stream ended; `None` if it was dropped before its end. A stream whose query was never accepted
-    /// is counted under `REFUSED`. Further calls do nothing.
-    pub(crate) fn ended(&mut self, end: Option<Result<(), &Error>>) {
-        let end = match end {
-            None => End::Dropped,
-            Some(Ok(())) => End::Complete,
-            Some(Err(error)) => End::Failed(error),
-        };
+    /// Records how the stream ended. A stream whose query was never accepted is counted under `REFUSED`. Further calls do
+    /// nothing.
+    pub(crate) fn ended(&mut self, end: End<'_>) {
         let registry = &self.instruments.0.registry;
         let database = match std::mem::replace(&mut self.state, State::Ended) {
             State::Ended => return,
@@ -175,7 +170,7 @@ impl Recorder {
 
 impl Drop for Recorder {
     fn drop(&mut self) {
-        self.ended(None);
+        self.ended(End::Dropped);
     }
 }
 

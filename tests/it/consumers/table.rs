@@ -124,9 +124,7 @@ impl Expected {
             Self::Busy => {
                 backlog + overlap > 0.8 && (stats.verdict() == Verdict::ConsumerBound || nobody_waits)
             }
-            Self::NotTheSource => {
-                source_wait < 1.0 / 3.0 && (stats.verdict() != Verdict::Balanced || nobody_waits)
-            }
+            Self::NotTheSource => source_wait < 0.5 && (stats.verdict() != Verdict::Balanced || nobody_waits),
         }
     }
 }
