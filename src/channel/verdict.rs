@@ -49,9 +49,10 @@ use super::ledger::{ConsumerState, Times};
 ///   thread for a significant part of the time, and as backlog otherwise. The order proves nothing if something other
 ///   than rows also wakes the stream's task, such as a timer in a `select!` or a second stream; `ConsumerBound` and
 ///   `RuntimeBound` may then be confused. The future passed to `block_on` (`main` on a current-thread runtime) has no
-///   place in that order, so its ambiguous delays count as scheduled. A multi-thread runtime with one
-///   worker is treated as if it had several. With several workers, the check itself may be queued on the thread that the
-///   stream's own task blocks, so a single long block may count as scheduled.
+///   place in that order, so its ambiguous delays count as scheduled.
+/// - **Who blocks a multi-thread runtime, if it happens once or twice.** A block of the stream's own task can also stop
+///   the timers of the whole runtime, until another worker takes them over. The first two such blocks may then count as
+///   scheduled. A multi-thread runtime with one worker is treated as if it had several.
 /// - **What your code awaits while it holds rows.** That time counts as your code's, even if a late runtime delays what
 ///   it awaits.
 /// - **Isolated delays of the runtime.** The runtime is checked every 250 ms, every 10 ms while streams have waits of

@@ -91,7 +91,7 @@ fn consumer_that_blocks_its_thread_while_it_waits_for_rows_is_consumer_bound() {
     let ways = [READY_CHUNKS_1000, JOINED_READY_CHUNKS, JOINED_WITH_CPU_WORK];
     let on_two_threads = [
         cases(&[MultiThread], &ways, &BLOCKING, Is(ConsumerBound)),
-        cases(&[MultiThread], &[SELECT_FLUSH], &BLOCKING[..2], Is(ConsumerBound)),
+        cases(&[MultiThread], &[SELECT_FLUSH], &BLOCKING[..1], Is(ConsumerBound)),
     ];
     let on_one_thread = cases(&[CurrentThread], &ways, &BLOCKING[..2], Is(ConsumerBound));
     // Two or three bursts of 200 ms cannot be attributed to a side. Nor can a burst of a task that is woken by its
@@ -99,8 +99,8 @@ fn consumer_that_blocks_its_thread_while_it_waits_for_rows_is_consumer_bound() {
     let ambiguous = [
         cases(&[CurrentThread], &[READY_CHUNKS_1000, JOINED_WITH_CPU_WORK], &BLOCKING[2..], NotTheSource),
         cases(&[CurrentThread], &[SELECT_FLUSH], &BLOCKING, NotTheSource),
-        // One burst takes all of the time, and may block the thread on which the watchdog's turn is queued.
-        cases(&[MultiThread], &[SELECT_FLUSH], &BLOCKING[2..], NotTheSource),
+        // One or two bursts take all of the time, and may block the thread on which the watchdog is about to run.
+        cases(&[MultiThread], &[SELECT_FLUSH], &BLOCKING[1..], NotTheSource),
     ];
     check(&[on_two_threads.concat(), on_one_thread, ambiguous.concat()].concat());
 }
