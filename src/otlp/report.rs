@@ -144,7 +144,7 @@ impl<E> Reported<E> {
         Self { probe, ..self }
     }
 
-    /// Records the result of an export of so many items.
+    /// Records the result of exporting a number of items.
     fn record(&self, number: usize, result: OTelSdkResult) -> OTelSdkResult {
         let tally = self.health.tally(self.signal);
         tally.count_export(number, result.is_ok());

@@ -181,21 +181,25 @@ fn attributes(env: &mut Variables<'_>) -> Vec<KeyValue> {
 }
 
 #[cfg(test)]
+impl Settings {
+    /// Reads the settings from these variables instead of the environment.
+    pub(super) fn of(variables: &[(&str, &str)]) -> Self {
+        let lookup =
+            |name: &str| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
+        Self::read(&lookup).unwrap()
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::otlp::InitErrorKind;
     use crate::otlp::propagators::Propagator;
     use crate::otlp::signal::{Exporter, Protocol};
 
-    fn read(variables: &[(&str, &str)]) -> Settings {
-        let lookup =
-            |name: &str| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
-        Settings::read(&lookup).unwrap()
-    }
-
     #[test]
     fn unset_variables_give_the_defaults_of_the_specification() {
-        let settings = read(&[("OTEL_TRACES_EXPORTER", ""), ("OTEL_BSP_MAX_QUEUE_SIZE", " ")]);
+        let settings = Settings::of(&[("OTEL_TRACES_EXPORTER", ""), ("OTEL_BSP_MAX_QUEUE_SIZE", " ")]);
         assert!(!settings.disabled && settings.warnings.is_empty());
         assert_eq!(settings.traces.exporters, [Exporter::Otlp]);
         assert_eq!(settings.logs.protocol, Protocol::HttpProtobuf);
@@ -228,15 +232,18 @@ mod tests {
             ("OTEL_BSP_EXPORT_TIMEOUT", "never"),
             ("OTEL_RESOURCE_ATTRIBUTES", "team=a%zz"),
         ] {
-            let settings = read(&[(name, value)]);
+            let settings = Settings::of(&[(name, value)]);
             let warnings: Vec<_> =
                 settings.warnings.iter().filter(|warning| warning.contains(name)).collect();
             assert_eq!((warnings.len(), settings.warnings.len()), (1, 1), "{name}");
             assert!(!settings.disabled && settings.traces.exporters == [Exporter::Otlp]);
-            assert_eq!((settings.spans, settings.propagators), (read(&[]).spans, read(&[]).propagators));
+            assert_eq!(
+                (settings.spans, settings.propagators),
+                (Settings::of(&[]).spans, Settings::of(&[]).propagators)
+            );
             assert_eq!(
                 (settings.metric_interval, settings.traces.timeout),
-                (read(&[]).metric_interval, read(&[]).traces.timeout)
+                (Settings::of(&[]).metric_interval, Settings::of(&[]).traces.timeout)
             );
         }
     }
@@ -246,7 +253,7 @@ mod tests {
         let sampler = |value, ratio| {
             format!(
                 "{:?}",
-                read(&[("OTEL_TRACES_SAMPLER", value), ("OTEL_TRACES_SAMPLER_ARG", ratio)]).sampler
+                Settings::of(&[("OTEL_TRACES_SAMPLER", value), ("OTEL_TRACES_SAMPLER_ARG", ratio)]).sampler
             )
         };
         assert_eq!(sampler("TraceIdRatio", "0.25"), "TraceIdRatioBased(0.25)");
@@ -257,14 +264,14 @@ mod tests {
 
     #[test]
     fn resource_attributes_are_percent_decoded() {
-        let settings = read(&[("OTEL_RESOURCE_ATTRIBUTES", "team=a%2Cb%20c, zone = eu")]);
+        let settings = Settings::of(&[("OTEL_RESOURCE_ATTRIBUTES", "team=a%2Cb%20c, zone = eu")]);
         assert_eq!(settings.resource[..2], [KeyValue::new("team", "a,b c"), KeyValue::new("zone", "eu")]);
     }
 
     #[test]
     fn invalid_list_of_resource_attributes_is_ignored_with_its_service_name() {
         let name = |list, name| {
-            let settings = read(&[("OTEL_RESOURCE_ATTRIBUTES", list), ("OTEL_SERVICE_NAME", name)]);
+            let settings = Settings::of(&[("OTEL_RESOURCE_ATTRIBUTES", list), ("OTEL_SERVICE_NAME", name)]);
             let names = settings.resource.iter().filter(|attribute| attribute.key.as_str() == "service.name");
             names.map(|attribute| attribute.value.to_string()).collect::<Vec<_>>()
         };
@@ -276,7 +283,7 @@ mod tests {
 
     #[test]
     fn propagators_are_listed_once_and_unknown_ones_are_ignored() {
-        let of = |value| read(&[("OTEL_PROPAGATORS", value)]);
+        let of = |value| Settings::of(&[("OTEL_PROPAGATORS", value)]);
         assert_eq!(of("Baggage, baggage").propagators, [Propagator::Baggage]);
         assert_eq!(of("none").propagators, []);
         assert_eq!(
@@ -291,14 +298,15 @@ mod tests {
 
     #[test]
     fn batches_without_delay_are_exported_almost_at_once() {
-        let spans = read(&[("OTEL_BSP_SCHEDULE_DELAY", "0")]);
+        let spans = Settings::of(&[("OTEL_BSP_SCHEDULE_DELAY", "0")]);
         assert_eq!((spans.spans.delay, spans.warnings.len()), (Duration::from_millis(1), 0));
     }
 
     #[test]
     fn general_limit_of_attributes_is_the_default_of_the_others() {
-        let limits = read(&[("OTEL_ATTRIBUTE_COUNT_LIMIT", "7"), ("OTEL_EVENT_ATTRIBUTE_COUNT_LIMIT", "3")])
-            .span_limits;
+        let limits =
+            Settings::of(&[("OTEL_ATTRIBUTE_COUNT_LIMIT", "7"), ("OTEL_EVENT_ATTRIBUTE_COUNT_LIMIT", "3")])
+                .span_limits;
         assert_eq!((limits.max_attributes_per_span, limits.max_attributes_per_link), (7, 7));
         assert_eq!((limits.max_attributes_per_event, limits.max_events_per_span), (3, 128));
     }
@@ -332,6 +340,6 @@ mod tests {
         // The program is not named.
         documented.retain(|(name, _)| *name != "OTEL_SERVICE_NAME");
         assert!(documented.len() > 25, "{documented:?}");
-        assert_eq!(format!("{:?}", read(&documented)), format!("{:?}", read(&[])));
+        assert_eq!(format!("{:?}", Settings::of(&documented)), format!("{:?}", Settings::of(&[])));
     }
 }

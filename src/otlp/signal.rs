@@ -185,15 +185,9 @@ mod tests {
     use crate::otlp::env::NO_LIMIT;
     use crate::otlp::settings::Settings;
 
-    fn read(variables: &[(&str, &str)]) -> Settings {
-        let lookup =
-            |name: &str| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
-        Settings::read(&lookup).unwrap()
-    }
-
     #[test]
     fn each_signal_has_its_own_exporters_and_protocol() {
-        let settings = read(&[
+        let settings = Settings::of(&[
             ("OTEL_METRICS_EXPORTER", "Console, otlp"),
             ("OTEL_LOGS_EXPORTER", "none"),
             ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),
@@ -209,30 +203,30 @@ mod tests {
 
     #[test]
     fn general_endpoint_is_a_base_and_the_endpoint_of_a_signal_is_not() {
-        let settings = read(&[
+        let settings = Settings::of(&[
             ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector/otel/\n"),
             ("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", "http://logs:4318/in"),
         ]);
         assert_eq!(settings.traces.endpoint, "https://collector/otel/v1/traces");
         assert_eq!(settings.logs.endpoint, "http://logs:4318/in");
-        assert_eq!(read(&[]).metrics.endpoint, "http://localhost:4318/v1/metrics");
+        assert_eq!(Settings::of(&[]).metrics.endpoint, "http://localhost:4318/v1/metrics");
     }
 
     #[test]
     fn export_timeout_is_the_shorter_of_exporter_and_processor() {
-        let settings = read(&[
+        let settings = Settings::of(&[
             ("OTEL_EXPORTER_OTLP_TIMEOUT", "7000"),
             ("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT", "900"),
             ("OTEL_BSP_EXPORT_TIMEOUT", "500"),
         ]);
         let signals = [settings.traces, settings.metrics, settings.logs];
         assert_eq!(signals.map(|signal| signal.timeout.as_millis()), [500, 900, 7_000]);
-        assert_eq!(read(&[]).logs.timeout, Duration::from_secs(10));
+        assert_eq!(Settings::of(&[]).logs.timeout, Duration::from_secs(10));
     }
 
     #[test]
     fn timeout_of_zero_is_no_limit() {
-        let settings = read(&[
+        let settings = Settings::of(&[
             ("OTEL_EXPORTER_OTLP_TIMEOUT", "0"),
             ("OTEL_BSP_EXPORT_TIMEOUT", "0"),
             ("OTEL_BLRP_EXPORT_TIMEOUT", "40000"),
@@ -246,7 +240,7 @@ mod tests {
     #[test]
     fn grpc_endpoint_without_scheme_is_encrypted_unless_it_is_insecure() {
         let endpoint = |insecure| {
-            let settings = read(&[
+            let settings = Settings::of(&[
                 ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
                 ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317"),
                 ("OTEL_EXPORTER_OTLP_TRACES_INSECURE", insecure),
@@ -260,7 +254,7 @@ mod tests {
 
     #[test]
     fn empty_headers_of_a_signal_leave_the_general_ones() {
-        let settings = read(&[
+        let settings = Settings::of(&[
             ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20t0ken, x-tenant=a%b"),
             ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", ""),
             ("OTEL_EXPORTER_OTLP_LOGS_HEADERS", "x-tenant=logs"),
