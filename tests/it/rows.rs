@@ -493,3 +493,17 @@ async fn error_held_back_by_next_chunk_is_the_next_item_of_the_stream() {
     assert_eq!(error.kind(), ErrorKind::Decode { row: 3 });
     assert_eq!(ids(&rows_of(stream).await), [4, 5, 6, 7, 8, 9]);
 }
+
+#[tokio::test]
+async fn json_value_is_a_parameter_in_a_transaction_and_twice_in_one_query() {
+    let database = table(10, 0);
+    let mut db = database.connect().await;
+    db.client().await.unwrap().batch_execute("BEGIN").await.unwrap();
+    let (wanted, other) = (json!({"id": 7}), json!({"id": 3}));
+    for _ in 0..2 {
+        let query =
+            db.query::<Doc>("t").where_sql("data @> $1 OR data @> $2", &[&wanted, &other]).order_by("id");
+        assert_eq!(ids(&rows_of(query.stream().await.unwrap()).await), [3, 7]);
+    }
+    db.client().await.unwrap().batch_execute("COMMIT").await.unwrap();
+}
